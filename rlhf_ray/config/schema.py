@@ -1,0 +1,628 @@
+"""Every setting of rlhf_ray: its name, type, default and meaning. A default exists once, here.
+
+This module imports neither torch nor Ray, so that a wrong file is reported at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+
+
+def _not_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_not_boolean)]
+Count = Annotated[StrictInt, Field(ge=1)]
+CountOrZero = Annotated[StrictInt, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+DecayRate = Annotated[Number, Field(ge=0, lt=1)]
+DType = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """One section of a pipeline file."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+# ---------------------------------------------------------------------------------------- roles
+
+
+class Workers(Section):
+    """How many workers a role has and what each of them gets."""
+
+    workers: Count = 1
+    """Number of data-parallel workers, each a Ray actor."""
+    cpus: Positive | None = None
+    """CPUs per worker; unset: one each, or an equal share where the machine has fewer cores than workers."""
+    gpus: NonNegative | None = None
+    """GPUs per worker, fractions allowed; unset: one each where the cluster has GPUs, else none."""
+
+
+class NewModel(Section):
+    """A fresh, randomly initialised model with a tokenizer trained on the stage's training data."""
+
+    family: Literal["llama", "gpt2"] = "llama"
+    """Architecture."""
+    size: Literal["tiny", "mini", "small"] = "tiny"
+    """tiny: about 1 M parameters; mini: about 5 M; small: about 15 M."""
+    vocab_size: Annotated[StrictInt, Field(ge=300, le=65536)] = 512
+    """Number of tokens of the byte-level BPE tokenizer that is trained on the data."""
+    max_length: Count = 512
+    """Longest sequence in tokens."""
+
+
+class Optimizer(Section):
+    """AdamW, its schedule and its gradient clipping."""
+
+    learning_rate: Positive = 1e-6
+    """Peak learning rate."""
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
+    """AdamW's two decay rates."""
+    eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, on matrices only."""
+    gradient_clip: NonNegative = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps over which the learning rate rises from 0 to its peak."""
+    final_ratio: Fraction = 0.0
+    """Learning rate at the last step as a share of the peak, for linear and cosine."""
+
+
+class CriticOptimizer(Optimizer):
+    """As Optimizer, with a critic's learning rate."""
+
+    learning_rate: Positive = 1e-5
+    """Peak learning rate."""
+
+
+class Learner(Workers):
+    """A network trained by DeepSpeed."""
+
+    model: str | NewModel | None = None
+    """Hugging Face directory, hub name, `stage:NAME` for the result of an earlier stage, or a fresh model."""
+    revision: str | None = None
+    """Revision of a hub model: branch, tag or commit."""
+    dtype: DType = "float32"
+    """Type of the weights in forward and backward passes; bfloat16 keeps float32 master weights."""
+    zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_not_boolean)] = 0
+    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients as well, 3 parameters as well."""
+    cpu_offload: StrictBool = False
+    """Keep optimizer states in host memory (ZeRO 1 to 3)."""
+    activation_checkpointing: StrictBool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    micro_batch_tokens: Count | None = None
+    """Most tokens in one forward pass; gradients accumulate over the micro-batches of a mini-batch. Unset: 512 on CPU,
+    16384 on GPU."""
+    micro_batch_sequences: Count | None = None
+    """Most sequences in one forward pass; unset: the token budget alone decides."""
+    optimizer: Optimizer = Optimizer()
+    """Optimizer of this network."""
+
+
+class Policy(Learner):
+    """The network that is trained to follow the reward."""
+
+    model: str | NewModel
+    """Hugging Face directory, hub name, `stage:NAME` for the result of an earlier stage, or a fresh model."""
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer; unset: the model's own."""
+
+
+class Critic(Learner):
+    """The value function of PPO."""
+
+    kind: Literal["network", "value_head"] = "network"
+    """A network of its own, or a value head on the policy's trunk (then the settings of a network have no effect)."""
+    optimizer: CriticOptimizer = CriticOptimizer()
+    """Optimizer of this network."""
+    warmup_iterations: CountOrZero = 0
+    """First iterations in which only the critic is trained."""
+
+
+class Generator(Workers):
+    """vLLM engines that sample responses."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    """vLLM, or Hugging Face generate where vLLM has no build (slow)."""
+    tensor_parallel: Count = 1
+    """GPUs that share one engine's weights."""
+    dtype: DType = "float32"
+    """Type of the engine's weights."""
+    kv_cache_gib: Positive | None = None
+    """Memory for the key-value cache; unset: sized for max_sequences on CPU, the rest of memory_share on GPU."""
+    memory_share: Annotated[Number, Field(gt=0, le=1)] = 0.85
+    """Share of a GPU's memory that the engine may use."""
+    max_sequences: Count = 128
+    """Most sequences decoded at once by one engine."""
+    prefix_caching: StrictBool = True
+    """Keep the keys and values of prompts seen under the present weights."""
+    compile: StrictBool = False
+    """Compile the model and capture CUDA graphs: slower start, faster decoding on a GPU."""
+
+
+class Reference(Workers):
+    """The frozen network that the KL term is measured against."""
+
+    model: str | None = None
+    """Unset: the policy's initial model."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    dtype: DType = "float32"
+    """Type of the weights."""
+    micro_batch_tokens: Count | None = None
+    """Most tokens in one forward pass. Unset: 512 on CPU, 16384 on GPU."""
+
+
+class _Reward(Workers):
+    name: str | None = None
+    """Name in the metrics (`reward/<name>_mean`); unset: the kind."""
+    weight: Number = 1.0
+    """Factor of this score in the sum."""
+
+
+class ModelReward(_Reward):
+    """A sequence-classification model with one logit; it may have another tokenizer than the policy."""
+
+    kind: Literal["model"]
+    """A reward model."""
+    model: str
+    """Hugging Face directory, hub name, or `stage:NAME`."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    dtype: DType = "float32"
+    """Type of the weights."""
+    micro_batch_tokens: Count | None = None
+    """Most tokens in one forward pass. Unset: 512 on CPU, 16384 on GPU."""
+
+
+class ClassifierReward(_Reward):
+    """A Hugging Face text-classification model: the score of one label."""
+
+    kind: Literal["classifier"]
+    """A text classifier."""
+    model: str
+    """Hugging Face directory or hub name."""
+    label: str
+    """The label whose score is the reward, as in the model's id2label."""
+    output: Literal["logit", "probability", "log_probability"] = "logit"
+    """What is read of that label."""
+    text: Literal["prompt_and_response", "response"] = "prompt_and_response"
+    """What the classifier reads."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    dtype: DType = "float32"
+    """Type of the weights."""
+    micro_batch_tokens: Count | None = None
+    """Most tokens in one forward pass. Unset: 512 on CPU, 16384 on GPU."""
+
+
+class FunctionReward(_Reward):
+    """A function of the user's: `function(prompts, responses, answers, **arguments) -> list of floats`, sync or async.
+    A function of the user's: `function(prompts, responses, answers, **arguments) -> list of floats`, sync or async."""
+
+    kind: Literal["function"]
+    """A Python function."""
+    function: str
+    """`module:function`, found beside the pipeline file or on the Python path."""
+    arguments: dict[str, Any] = {}
+    """Further keyword arguments for the function."""
+    timeout_s: Positive = 60.0
+    """Deadline of one call."""
+    batch_size: Count = 64
+    """Most samples in one call."""
+
+
+Reward = Annotated[ModelReward | ClassifierReward | FunctionReward, Field(discriminator="kind")]
+
+
+# ----------------------------------------------------------------------------------------- data
+
+
+class Source(Section):
+    """One data set."""
+
+    path: str
+    """JSONL, JSONL.gz, Parquet or CSV file, a `datasets` directory, a hub name, or `synthetic:reviews`."""
+    split: str = "train"
+    """Split of a hub name, a `datasets` directory or a synthetic corpus."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    revision: str | None = None
+    """Revision of a hub data set."""
+    rows: Count | None = None
+    """Use only the first rows."""
+    weight: Positive = 1.0
+    """Share of this source when several are mixed: samples are drawn in proportion to the weights."""
+
+
+def _as_sources(value: object) -> object:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in values]
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class LengthRange(Section):
+    """A range of token counts, both ends included."""
+
+    min: Count
+    """Shortest."""
+    max: Count
+    """Longest."""
+
+
+class PromptColumns(Section):
+    """Names of the columns in the data files."""
+
+    prompt: str = "prompt"
+    """Prompt: a string, or chat messages (a list of {role, content})."""
+    answer: str | None = None
+    """Expected answer, handed to reward functions."""
+
+
+class PromptData(Section):
+    """Prompts to sample responses for."""
+
+    train: Sources
+    """One source or a list of them; a string is a path."""
+    evaluation: Sources | None = None
+    """Held-out prompts."""
+    columns: PromptColumns = PromptColumns()
+    """Names of the columns."""
+    chat_template: StrictBool | None = None
+    """Put strings into the tokenizer's chat template as a user's message; unset: only rows that are messages."""
+    prompt_length: LengthRange | None = None
+    """The prompt is the first n tokens of the text, n drawn per sample from this range (the classic IMDB task)."""
+    max_prompt_tokens: Count = 512
+    """Longest prompt."""
+    too_long: Literal["error", "drop", "cut_left", "cut_right"] = "error"
+    """What becomes of longer prompts; drops and cuts are counted and reported."""
+    shuffle: StrictBool = True
+    """Draw prompts in an order shuffled by the seed, anew in every pass over the data."""
+
+
+class TextColumns(Section):
+    """Names of the columns; the ones present decide the form: messages, prompt and response, or text."""
+
+    prompt: str = "prompt"
+    """Prompt, not trained on."""
+    response: str = "response"
+    """Response, trained on."""
+    messages: str = "messages"
+    """Chat messages; the assistant's are trained on."""
+    text: str = "text"
+    """Plain text, trained on as a whole."""
+
+
+class TextData(Section):
+    """Texts for supervised fine-tuning."""
+
+    train: Sources
+    """One source or a list of them; a string is a path."""
+    evaluation: Sources | None = None
+    """Held-out texts for the validation loss."""
+    columns: TextColumns = TextColumns()
+    """Names of the columns."""
+    max_length: Count = 512
+    """Longest sequence in tokens."""
+    too_long: Literal["error", "drop", "cut_left", "cut_right"] = "cut_right"
+    """What becomes of longer rows; drops and cuts are counted and reported."""
+    train_on_prompt: StrictBool = False
+    """Train on prompt tokens as well."""
+    shuffle: StrictBool = True
+    """Shuffle rows by the seed, anew in every epoch."""
+
+
+class Sampling(Section):
+    """How responses are sampled."""
+
+    temperature: NonNegative = 1.0
+    """Softmax temperature; 0 is greedy and allowed in evaluation only."""
+    top_k: CountOrZero = 0
+    """Keep only the k most likely tokens; 0 keeps all."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Keep the smallest set of tokens with this probability mass."""
+    min_p: Fraction = 0.0
+    """Keep tokens with at least this share of the most likely token's probability."""
+    repetition_penalty: Positive = 1.0
+    """Above 1 makes tokens that have occurred less likely."""
+    min_new_tokens: CountOrZero = 0
+    """No end of sequence before this many response tokens."""
+    max_new_tokens: Count = 128
+    """Longest response."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+    samples_per_prompt: Count = 1
+    """Responses for each prompt."""
+
+
+# -------------------------------------------------------------------------------------- methods
+
+
+class Checkpoints(Section):
+    """What is kept to resume from."""
+
+    every: CountOrZero = 10
+    """Iterations between checkpoints; 0: only at the end."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+    best: str | None = None
+    """Metric of the evaluation whose best model is kept in `best/`, such as `evaluation/reward_mean`; a name with
+    `loss` or `perplexity` is minimised."""
+
+
+class PromptEvaluation(Section):
+    """Evaluation on held-out prompts; always before the first and after the last iteration."""
+
+    every: CountOrZero = 10
+    """Iterations between evaluations; 0: only first and last."""
+    temperature: NonNegative = 0.0
+    """Softmax temperature; 0 is greedy."""
+    samples_per_prompt: Count = 1
+    """Responses for each prompt."""
+    max_new_tokens: Count | None = None
+    """Longest response; unset: as in training."""
+
+
+class TextEvaluation(Section):
+    """Validation loss on held-out texts; always after the last step."""
+
+    every: CountOrZero = 50
+    """Optimizer steps between evaluations; 0: only at the end."""
+
+
+class Advantages(Section):
+    """How advantages are estimated."""
+
+    estimator: Literal["gae", "group_relative", "leave_one_out", "reinforce_baseline"] = "gae"
+    """gae needs a critic; the others compare the samples of one prompt and have none."""
+    gamma: Fraction = 1.0
+    """Discount per token (gae)."""
+    lam: Fraction = 0.95
+    """GAE's lambda."""
+    bootstrap_truncated: StrictBool = False
+    """Take the value after the last token of responses cut by the length limit, instead of treating them as ended
+    (gae)."""
+    divide_by_std: StrictBool = True
+    """Divide by the group's standard deviation (group_relative; off: Dr. GRPO)."""
+    whiten: StrictBool | None = None
+    """Whiten advantages over the batch; unset: on for gae and reinforce_baseline."""
+
+
+class Kl(Section):
+    """The KL term that holds the policy near the reference."""
+
+    place: Literal["reward", "loss", "off"] | None = None
+    """In the token rewards, as a term of the loss, or off (no reference is started); unset: reward, but loss for
+    reinforce_baseline."""
+    estimator: Literal["k1", "k2", "k3"] | None = None
+    """Per-token estimator; unset: k1 in the reward, k2 in the loss."""
+    coefficient: NonNegative = 0.01
+    """Weight of the term; the initial weight under the adaptive controller."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """Adaptive moves the coefficient so that KL per sequence stays near the target."""
+    target: Positive | None = None
+    """Target of the adaptive controller, nats per sequence."""
+    horizon: Positive = 10000.0
+    """Samples over which the adaptive controller reacts."""
+
+
+class PolicyLoss(Section):
+    """The clipped surrogate objective."""
+
+    clip_low: Fraction = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: NonNegative = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: Annotated[Number, Field(gt=1)] | None = None
+    """Bound on the loss of negative advantages, such as 3."""
+    entropy_coefficient: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Mean over the mini-batch's tokens, or mean over sequences of each one's mean."""
+
+
+class ValueLoss(Section):
+    """The critic's loss."""
+
+    clip: NonNegative = 0.2
+    """New values are clipped to this distance from the old ones; 0 turns it off."""
+    coefficient: Positive = 0.1
+    """Weight beside the policy loss (value_head only)."""
+
+
+class Correction(Section):
+    """Truncated importance sampling between generator and learner."""
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    """auto: on when the engine runs in bfloat16."""
+    cap: Positive = 2.0
+    """Largest weight of a token."""
+
+
+class Scores(Section):
+    """What happens to a sequence's score before it becomes a reward."""
+
+    clip: NonNegative = 10.0
+    """Scores are clipped to plus and minus this; 0 turns it off."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Subtracted where a response was cut by the length limit."""
+
+
+class Sft(Section):
+    """Supervised fine-tuning."""
+
+    name: str = "sft"
+    """Name of the stage and of its folder."""
+    method: Literal["sft"]
+    """Supervised fine-tuning."""
+    policy: Policy
+    """The network that is trained."""
+    data: TextData
+    """Texts."""
+    epochs: Positive | None = None
+    """Passes over the data; 1 where neither epochs nor steps is given."""
+    steps: Count | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: Count = 32
+    """Sequences per optimizer step, over all workers."""
+    packing: StrictBool = True
+    """Put several sequences in one row, without attention between them; off: one sequence a row, padded."""
+    dropout: StrictBool = False
+    """Keep the model's dropout switched on while training."""
+    evaluation: TextEvaluation = TextEvaluation()
+    """Validation."""
+    checkpoints: Checkpoints = Checkpoints()
+    """Checkpoints."""
+
+
+class Ppo(Section):
+    """Proximal policy optimization, and its relatives without a critic."""
+
+    name: str = "ppo"
+    """Name of the stage and of its folder."""
+    method: Literal["ppo"]
+    """Reinforcement learning from a reward."""
+    iterations: Count
+    """Outer steps: sample, score, learn, sync."""
+    prompts_per_iteration: Count = 64
+    """Prompts sampled in each iteration; times samples_per_prompt is the batch."""
+    epochs: Count = 1
+    """Passes over an iteration's experience."""
+    mini_batches: Count = 1
+    """Optimizer steps in each epoch."""
+    policy: Policy
+    """The network that is trained."""
+    critic: Critic | None = None
+    """The value function; unset: a network started from the policy's model where the estimator is gae."""
+    reference: Reference = Reference()
+    """The frozen network of the KL term."""
+    generator: Generator = Generator()
+    """The engines that sample."""
+    reward: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    """One or more scorers; a sequence's score is their weighted sum."""
+    data: PromptData
+    """Prompts."""
+    sampling: Sampling = Sampling()
+    """How responses are sampled."""
+    old_logprobs: Literal["learner", "generator"] = "learner"
+    """Recompute the samples' log-probabilities before the update, or take the generator's own (one forward pass
+    fewer)."""
+    scores: Scores = Scores()
+    """Clipping and penalties of scores."""
+    advantages: Advantages = Advantages()
+    """Advantage estimation."""
+    kl: Kl = Kl()
+    """The KL term."""
+    policy_loss: PolicyLoss = PolicyLoss()
+    """The policy's loss."""
+    value_loss: ValueLoss = ValueLoss()
+    """The critic's loss."""
+    correction: Correction = Correction()
+    """Correction for the difference between generator and learner."""
+    evaluation: PromptEvaluation = PromptEvaluation()
+    """Evaluation on held-out prompts."""
+    checkpoints: Checkpoints = Checkpoints()
+    """Checkpoints."""
+
+    @property
+    def kl_place(self) -> Literal["reward", "loss", "off"]:
+        """Where the KL term stands, the default resolved."""
+        return self.kl.place or ("loss" if self.advantages.estimator == "reinforce_baseline" else "reward")
+
+    @property
+    def kl_estimator(self) -> Literal["k1", "k2", "k3"]:
+        """The per-token estimator, the default resolved."""
+        return self.kl.estimator or ("k2" if self.kl_place == "loss" else "k1")
+
+    @property
+    def whiten(self) -> bool:
+        """Whether advantages are whitened, the default resolved."""
+        chosen = self.advantages.whiten
+        return self.advantages.estimator in ("gae", "reinforce_baseline") if chosen is None else chosen
+
+    @property
+    def corrects_generator(self) -> bool:
+        """Whether truncated importance sampling is on, the default resolved."""
+        if self.old_logprobs == "generator" or self.correction.mode == "off":
+            return False
+        return self.correction.mode == "on" or self.generator.dtype == "bfloat16"
+
+    @property
+    def critic_role(self) -> Critic | None:
+        """The critic's settings, the default resolved; None where the estimator has no critic."""
+        if self.advantages.estimator != "gae":
+            return None
+        return self.critic or Critic()
+
+
+Stage = Annotated[Sft | Ppo, Field(discriminator="method")]
+
+
+# ------------------------------------------------------------------------------------- pipeline
+
+
+class Placement(Section):
+    """Where the actors run, and how long anything may take."""
+
+    address: str | None = None
+    """Address of a Ray cluster (`auto`, HOST:PORT); unset: RAY_ADDRESS where set, else a new local Ray."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Placement group strategy for the workers."""
+    transport: Literal["auto", "shared_memory", "gloo", "nccl", "cuda_ipc"] = "auto"
+    """How weights travel from learner to generators; auto: shared_memory on one CPU node, gloo across nodes, cuda_ipc
+    on one GPU, nccl across GPUs."""
+    bucket_mib: Count = 256
+    """Size of the buckets that weights travel in."""
+    start_timeout_s: Positive = 300.0
+    """Deadline for reserving resources and starting workers."""
+    call_timeout_s: Positive = 3600.0
+    """Deadline of every call to a worker."""
+
+
+class Wandb(Section):
+    """Weights & Biases; the key comes from the environment (WANDB_API_KEY)."""
+
+    project: str
+    """Project."""
+    entity: str | None = None
+    """Team or user."""
+    name: str | None = None
+    """Name of the run; unset: the run folder's name."""
+
+
+class Tracking(Section):
+    """Where metrics go besides metrics.jsonl and TensorBoard."""
+
+    wandb: Wandb | None = None
+    """Report to Weights & Biases."""
+
+
+class Pipeline(Section):
+    """A pipeline file: stages in order."""
+
+    run_dir: str
+    """Folder of this run: config, metrics, rollouts, checkpoints, models."""
+    seed: CountOrZero = 1
+    """Root of every random number in the run."""
+    placement: Placement = Placement()
+    """Cluster and deadlines."""
+    tracking: Tracking = Tracking()
+    """Experiment trackers."""
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    """Methods in order; a file with one method may have its settings at the top instead."""

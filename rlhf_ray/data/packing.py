@@ -1,0 +1,79 @@
+"""Which rows share a forward pass, which worker gets which rows, and rows laid end to end."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from rlhf_ray.data.batches import Sequences
+
+
+def plan_micro_batches(lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None) -> list[list[int]]:
+    """Rows grouped so that no group has more than max_tokens tokens or max_sequences rows; longest rows first.
+
+    Every row is in exactly one group; a row longer than max_tokens has a group to itself. Rows of one group are of
+    similar length.
+    """
+    groups: list[list[int]] = []
+    filled = 0
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        full = not groups or filled + lengths[row] > max_tokens or len(groups[-1]) == max_sequences
+        if full:
+            groups.append([])
+            filled = 0
+        groups[-1].append(row)
+        filled += lengths[row]
+    return groups
+
+
+def balance(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Rows dealt to `parts` workers with close sums of costs: costliest first, each to the least loaded.
+
+    Deterministic; the rows of a part are in ascending order; with fewer rows than parts some parts are empty.
+    Longest-processing-time rule: the largest sum is at most 4/3 of the best possible (Graham 1969).
+    """
+    loads = [(0.0, part) for part in range(parts)]
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    for row in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, part = heapq.heappop(loads)
+        shares[part].append(row)
+        heapq.heappush(loads, (load + costs[row], part))
+    return [sorted(share) for share in shares]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows laid end to end without padding; N: their real tokens together.
+
+    Args:
+        tokens: [1, N] token ids.
+        position_ids: [1, N] position in its own row.
+        starts: [1, N] True at each row's first token.
+        rows: number of rows.
+    """
+
+    tokens: Int[Tensor, "1 N"]
+    position_ids: Int[Tensor, "1 N"]
+    starts: Bool[Tensor, "1 N"]
+    rows: int
+
+
+def pack(sequences: Sequences, rows: Sequence[int]) -> Packed:
+    """The real tokens of the given rows, end to end, in the given order. Every row has at least one token."""
+    index = torch.as_tensor(rows, dtype=torch.long, device=sequences.tokens.device)
+    attention = sequences.attention_mask[index]
+    assert bool(attention[:, :1].all()), "a row without a token cannot be packed"
+    positions = torch.arange(attention.shape[1], device=attention.device).expand_as(attention)[attention]
+    return Packed(sequences.tokens[index][attention][None], positions[None], (positions == 0)[None], len(rows))
+
+
+def unpack(values: Tensor, packed: Packed, width: int) -> Tensor:
+    """Values [1, N, ...] of packed tokens -> [rows, width, ...], 0 where a row has no token; gradients flow through."""
+    row = packed.starts[0].long().cumsum(0) - 1
+    out = values.new_zeros((packed.rows, width, *values.shape[2:]))
+    return out.index_put((row, packed.position_ids[0]), values[0])

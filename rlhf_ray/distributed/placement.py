@@ -1,0 +1,659 @@
+"""Where the workers run: a Ray cluster, the share of it that each role gets, and the actors on it.
+
+with Cluster(None, strategy="PACK", start_timeout_s=300, call_timeout_s=3600, recorder=recorder) as cluster:
+    with cluster.reserve([RoleRequest("policy", workers=2, rendezvous=True), RoleRequest("reward")]) as placement:
+        policy = placement.start("policy", Learner, config=..., model=...)
+        reward = placement.start("reward", ModelScorer, model=...)
+        gather(policy.ready, reward.ready)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+import psutil
+import ray
+from ray import cloudpickle
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf_ray.distributed import faults
+from rlhf_ray.distributed.groups import RayGroup
+from rlhf_ray.distributed.hosts import Host
+from rlhf_ray.distributed.place import Place
+from rlhf_ray.distributed.supervision import Call
+from rlhf_ray.distributed.tracing import Recorder
+from rlhf_ray.errors import ConfigError, PlacementError
+
+P = ParamSpec("P")
+W = TypeVar("W")
+
+_SMALL_MACHINE = 32 << 30
+_SMALL_OBJECT_STORE = 1 << 30
+_LARGE_BLOCK = str(256 << 20)
+_IDLE_HOSTS = 4
+_CLOSE_HEALTHY_S = 10.0
+_CLOSE_FAILED_S = 2.0
+_GONE_S = 10.0
+_CONNECT_S = 5.0
+# What workers take over from the driver's environment. Never a secret: these values can be read in Ray's own logs.
+_PASSED_ON = (
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "HF_ENDPOINT",
+    "TRANSFORMERS_OFFLINE",
+    faults.VARIABLE,
+)
+
+
+@dataclass(frozen=True)
+class RoleRequest:
+    """What a role asks for.
+
+    Args:
+        role: its name in the configuration.
+        workers: number of workers, each an actor with a bundle of its own.
+        cpus: CPU cores of each worker, fractions allowed; None: 1, or an equal share of the free cores where
+            there are fewer.
+        gpus: GPUs of each worker, fractions allowed; None: 1 where the cluster has any, else 0.
+        env: further environment variables of the processes; never a secret.
+        rendezvous: the workers join one process group: they get RANK, WORLD_SIZE, MASTER_ADDR, ... and every one
+            of them takes part in each split.
+        reuse: the processes may be those of an earlier group with the same key, gpus and env, and are kept for a
+            later one: what a module holds (an engine) lives on. Such a role is reserved apart from the others.
+    """
+
+    role: str
+    workers: int = 1
+    cpus: float | None = None
+    gpus: float | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    rendezvous: bool = False
+    reuse: str | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """The CPU cores and GPUs of one worker."""
+
+    cpus: float
+    gpus: float
+
+    def bundle(self) -> dict[str, float]:
+        """The share as Ray writes it."""
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has and what of it is free: CPU cores, GPUs, and the cores and GPUs of each node."""
+
+    cpus: float
+    gpus: float
+    free_cpus: float
+    free_gpus: float
+    nodes: Sequence[Share]
+
+
+def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, may_wait: bool) -> dict[str, Share]:
+    """Each role's share per worker.
+
+    Args:
+        requests: what the roles ask for; role names differ.
+        capacity: what there is.
+        strategy: the placement group's strategy.
+        may_wait: what is taken now may become free, so only what the whole cluster cannot give is refused.
+
+    Raises:
+        PlacementError: the cluster cannot give it; names roles, wanted and free.
+    """
+    gpus = {
+        request.role: request.gpus if request.gpus is not None else float(capacity.gpus > 0) for request in requests
+    }
+    fixed = sum(request.workers * request.cpus for request in requests if request.cpus is not None)
+    unset = sum(request.workers for request in requests if request.cpus is None)
+    left = capacity.free_cpus - fixed
+    each = 1.0 if unset <= left else math.floor(100 * left / unset + 1e-6) / 100
+    if each < 0.01:
+        each = 1.0  # nothing to share: the need for whole cores is what is waited for, or reported
+    shares = {
+        request.role: Share(request.cpus if request.cpus is not None else each, gpus[request.role])
+        for request in requests
+    }
+    for name, total, free in (("GPU", capacity.gpus, capacity.free_gpus), ("CPU", capacity.cpus, capacity.free_cpus)):
+        needs = {request.role: request.workers * _of(shares[request.role], name) for request in requests}
+        together = sum(needs.values())
+        if together > (total if may_wait else free) + 1e-6:
+            asked = ", ".join(f"{role} needs {_count(need, name)}" for role, need in needs.items() if need)
+            summed = f" ({_count(together, name)} together)" if len(needs) > 1 else ""
+            raise PlacementError(
+                f"{asked}{summed}; {free:g} of {total:g} are free. "
+                f"Ask for fewer workers, or set {name.lower()}s to a fraction so that workers share one"
+            )
+    _fit_nodes(requests, shares, capacity.nodes, strategy)
+    return shares
+
+
+def _fit_nodes(
+    requests: Sequence[RoleRequest], shares: Mapping[str, Share], nodes: Sequence[Share], strategy: str
+) -> None:
+    everyone = sum(request.workers for request in requests)
+    if strategy == "STRICT_SPREAD" and everyone > len(nodes):
+        raise PlacementError(
+            f"placement.strategy STRICT_SPREAD puts each worker on its own node: {everyone} workers, {len(nodes)} nodes"
+        )
+    pieces = {request.role: shares[request.role] for request in requests}
+    if strategy == "STRICT_PACK":
+        cpus = sum(request.workers * shares[request.role].cpus for request in requests)
+        gpus = sum(request.workers * shares[request.role].gpus for request in requests)
+        pieces = {"all roles on one node (STRICT_PACK)": Share(cpus, gpus)}
+    for name, piece in pieces.items():
+        if not any(piece.cpus <= node.cpus + 1e-6 and piece.gpus <= node.gpus + 1e-6 for node in nodes):
+            largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Share(0, 0))
+            raise PlacementError(
+                f"{name}: one worker needs {_count(piece.cpus, 'CPU')} and {_count(piece.gpus, 'GPU')} on one node; "
+                f"the largest node has {_count(largest.cpus, 'CPU')} and {_count(largest.gpus, 'GPU')}"
+            )
+
+
+def _of(share: Share, name: str) -> float:
+    return share.gpus if name == "GPU" else share.cpus
+
+
+def _count(number: float, name: str) -> str:
+    return f"{number:g} {name}" + ("" if number == 1 else "s")
+
+
+def worker_environment(share: Share, extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a worker's process, set before it starts: threads, memory allocator, devices."""
+    threads = str(int(share.cpus) if share.cpus >= 2 else 1)
+    variables = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        # A waiting thread that spins takes the core from the worker that it waits for.
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        # glibc would return and fault in the pages of every large tensor anew.
+        "MALLOC_MMAP_THRESHOLD_": _LARGE_BLOCK,
+        "MALLOC_TRIM_THRESHOLD_": _LARGE_BLOCK,
+    }
+    if not share.gpus:
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    return variables | passed_on | dict(extra)
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """A bundle of a placement group, and the host on it once there is one."""
+
+    group: PlacementGroup
+    bundle: int
+    share: Share
+    host: Any = None
+    process: Any = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    reuse: str | None = None
+
+
+class _Connection:
+    """This process's connection to Ray: what is reserved through it, and the hosts that wait for their next group.
+
+    Args:
+        ours: Ray was started for this process, so all that it has is ours.
+        opened: this package opened the connection, and closes it.
+        folder: Ray's temporary folder, removed at the end; None where it is not ours.
+    """
+
+    def __init__(self, *, ours: bool, opened: bool, folder: str | None) -> None:
+        self.ours = ours
+        self.opened = opened
+        self.folder = folder
+        self.idle: list[_Seat] = []
+        self._reserved: dict[PlacementGroup, list[Share]] = {}
+
+    def capacity(self) -> Capacity:
+        total = ray.cluster_resources()
+        cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+        nodes = [
+            Share(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        if self.ours:
+            # Ray's own numbers lag behind by a moment; these do not.
+            held = [share for shares in self._reserved.values() for share in shares]
+            free_cpus, free_gpus = cpus - sum(s.cpus for s in held), gpus - sum(s.gpus for s in held)
+        else:
+            free = ray.available_resources()
+            free_cpus, free_gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
+        return Capacity(cpus, gpus, round(free_cpus, 4), round(free_gpus, 4), nodes)
+
+    def reserve(self, shares: list[Share], strategy: str, timeout_s: float) -> PlacementGroup | None:
+        """One placement group with a bundle for each share; None when it did not come about in time."""
+        group = placement_group([share.bundle() for share in shares], strategy=strategy)
+        self._reserved[group] = shares
+        try:
+            if group.wait(timeout_s):
+                return group
+        except BaseException:
+            self.release(group)
+            raise
+        self.release(group)
+        return None
+
+    def release(self, group: PlacementGroup) -> None:
+        self._reserved.pop(group, None)
+        remove_placement_group(group)
+
+    def evict(self) -> None:
+        """Ends the host that has been idle for longest."""
+        seat = self.idle.pop(0)
+        _end([seat])
+        self.release(seat.group)
+
+    def keep(self, seat: _Seat) -> None:
+        """Keeps a host for a later group."""
+        self.idle.append(seat)
+        while len(self.idle) > _IDLE_HOSTS:
+            self.evict()
+
+    def take(self, request: RoleRequest) -> list[_Seat]:
+        """Idle hosts that the request can use, at most as many as it has workers."""
+        if request.reuse is None:
+            return []
+        taken = [seat for seat in self.idle if _serves(seat, request)][: request.workers]
+        self.idle = [seat for seat in self.idle if seat not in taken]
+        return taken
+
+    def close(self) -> None:
+        try:
+            while self.idle:
+                self.evict()
+            for group in list(self._reserved):
+                self.release(group)
+        finally:
+            if self.opened:
+                ray.shutdown()
+            if self.folder is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _serves(seat: _Seat, request: RoleRequest) -> bool:
+    return (
+        seat.reuse == request.reuse
+        and request.cpus in (None, seat.share.cpus)
+        and request.gpus in (None, seat.share.gpus)
+        and seat.env == worker_environment(seat.share, request.env)
+    )
+
+
+_connection: _Connection | None = None
+
+
+class Cluster:
+    """A connection to Ray, started or joined on entry; on exit everything that was started through it ends.
+
+    A Cluster opened while another one is open in the same process joins that one, and leaves it as it was.
+
+    Args:
+        address: HOST:PORT or `auto`; None: RAY_ADDRESS where it is set, else a Ray of our own on this machine.
+        strategy: placement group strategy.
+        start_timeout_s: deadline for connecting, reserving and building workers, each.
+        call_timeout_s: deadline of each call to a worker.
+        recorder: takes the spans of all calls.
+        num_cpus: cores that a Ray of our own counts with; None: those of the machine.
+        num_gpus: GPUs that a Ray of our own counts with; None: those of the machine.
+
+    Raises:
+        ConfigError: no Ray answers at the address.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        strategy: str = "PACK",
+        start_timeout_s: float = 300.0,
+        call_timeout_s: float = 3600.0,
+        recorder: Recorder | None = None,
+        num_cpus: int | None = None,
+        num_gpus: int | None = None,
+    ) -> None:
+        self.recorder = recorder or Recorder()
+        self._address = address
+        self._strategy = strategy
+        self._start_timeout_s = start_timeout_s
+        self._call_timeout_s = call_timeout_s
+        self._num_cpus = num_cpus
+        self._num_gpus = num_gpus
+        self._opened: _Connection | None = None
+        self._placements: list[Placement] = []
+
+    def _connect(self) -> _Connection:
+        if ray.is_initialized():
+            return _Connection(ours=False, opened=False, folder=None)
+        address = self._address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
+            return _Connection(ours=True, opened=True, folder=_start(self._num_cpus, self._num_gpus))
+        _join(address, self._start_timeout_s)
+        return _Connection(ours=False, opened=True, folder=None)
+
+    def __enter__(self) -> Self:
+        global _connection
+        if _connection is None:
+            _connection = self._opened = self._connect()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends every group and reservation made through this object, and Ray where this object started it."""
+        global _connection
+        try:
+            for placement in self._placements:
+                placement.close()
+        finally:
+            if self._opened is not None:
+                _connection = None
+                self._opened.close()
+                self._opened = None
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT, for other processes to join."""
+        return str(ray.get_runtime_context().gcs_address)
+
+    def reserve(self, requests: Sequence[RoleRequest]) -> Placement:
+        """Room for all roles at once, in one placement group (roles with `reuse` apart).
+
+        Raises:
+            PlacementError: the cluster does not have it, or not within start_timeout_s; names roles, wanted and free.
+        """
+        assert _connection is not None, "the cluster is not open"
+        connection = _connection
+        seats = {request.role: connection.take(request) for request in requests}
+        missing = [
+            replace(request, workers=request.workers - len(seats[request.role]))
+            for request in requests
+            if request.workers > len(seats[request.role])
+        ]
+        placement = Placement(
+            connection,
+            {request.role: request for request in requests},
+            seats,
+            start_timeout_s=self._start_timeout_s,
+            call_timeout_s=self._call_timeout_s,
+            recorder=self.recorder,
+        )
+        self._placements.append(placement)
+        try:
+            shares = self._fit(connection, missing)
+            together = [request for request in missing if request.reuse is None for _ in range(request.workers)]
+            apart = [request for request in missing if request.reuse is not None for _ in range(request.workers)]
+            for bundles in [together, *([request] for request in apart)]:
+                if bundles:
+                    self._reserve(connection, bundles, shares, seats)
+        except BaseException:
+            placement.close()
+            raise
+        return placement
+
+    def _fit(self, connection: _Connection, missing: Sequence[RoleRequest]) -> dict[str, Share]:
+        """The shares; idle hosts are ended where they are in the way."""
+        while True:
+            try:
+                return fit(
+                    missing,
+                    connection.capacity(),
+                    strategy=self._strategy,
+                    may_wait=not connection.ours and not connection.idle,
+                )
+            except PlacementError:
+                if not connection.idle:
+                    raise
+                connection.evict()
+
+    def _reserve(
+        self,
+        connection: _Connection,
+        bundles: Sequence[RoleRequest],
+        shares: Mapping[str, Share],
+        seats: Mapping[str, list[_Seat]],
+    ) -> None:
+        group = connection.reserve([shares[request.role] for request in bundles], self._strategy, self._start_timeout_s)
+        if group is None:
+            capacity = connection.capacity()
+            wanted = ", ".join(
+                f"{request.role} {request.workers} x ({_count(shares[request.role].cpus, 'CPU')}, "
+                f"{_count(shares[request.role].gpus, 'GPU')})"
+                for request in {request.role: request for request in bundles}.values()
+            )
+            raise PlacementError(
+                f"not placed within {self._start_timeout_s:g} s (placement.start_timeout_s), "
+                f"strategy {self._strategy}: {wanted}; free are {capacity.free_cpus:g} of "
+                f"{_count(capacity.cpus, 'CPU')} and {capacity.free_gpus:g} of {_count(capacity.gpus, 'GPU')}"
+            )
+        for index, request in enumerate(bundles):
+            seats[request.role].append(_Seat(group, index, shares[request.role]))
+
+
+class Placement:
+    """The room of some roles; `start` puts their workers on it. Made by `Cluster.reserve`."""
+
+    def __init__(
+        self,
+        connection: _Connection,
+        requests: Mapping[str, RoleRequest],
+        seats: dict[str, list[_Seat]],
+        *,
+        start_timeout_s: float,
+        call_timeout_s: float,
+        recorder: Recorder,
+    ) -> None:
+        self._connection = connection
+        self._requests = requests
+        self._seats = seats
+        self._start_timeout_s = start_timeout_s
+        self._call_timeout_s = call_timeout_s
+        self._recorder = recorder
+        self._groups: list[RayGroup[Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def share(self, role: str) -> Share:
+        """What one worker of the role has."""
+        return self._seats[role][0].share
+
+    def nodes(self, role: str) -> list[str]:
+        """The id of each worker's node, in rank order."""
+        return [str(placement_group_table(seat.group)["bundles_to_node_id"][seat.bundle]) for seat in self._seats[role]]
+
+    def start(
+        self, role: str, worker_class: Callable[Concatenate[Place, P], W], /, *args: P.args, **kwargs: P.kwargs
+    ) -> RayGroup[W]:
+        """Starts the role's workers, each made as `worker_class(place, *args, **kwargs)`; returns at once.
+
+        Wait for `group.ready` (of all groups together) to know that they are made.
+        """
+        request = self._requests[role]
+        seats = [self._seated(seat, request, rank) for rank, seat in enumerate(self._seats[role])]
+        self._seats[role] = seats
+        recipe = ray.put(cloudpickle.dumps((worker_class, args, kwargs)))
+        address = seats[0].host.meet.remote() if request.rendezvous else None
+        built = [
+            Call(
+                reply=seat.host.build.remote(Place(role, rank, len(seats)), recipe, address, sys.path),
+                role=role,
+                rank=rank,
+                method="start",
+                timeout_s=self._start_timeout_s,
+                setting="placement.start_timeout_s",
+                process=seat.process,
+            )
+            for rank, seat in enumerate(seats)
+        ]
+        group: RayGroup[W] = RayGroup(
+            role,
+            [seat.host for seat in seats],
+            collective=request.rendezvous,
+            timeout_s=self._call_timeout_s,
+            recorder=self._recorder,
+            built=built,
+            release=lambda healthy: self._finish(seats, healthy=healthy),
+        )
+        self._groups.append(group)
+        return group
+
+    def close(self) -> None:
+        """Ends the groups and gives the room back; may be called again."""
+        try:
+            for group in self._groups:
+                group.close()
+        finally:
+            groups = {seat.group for seats in self._seats.values() for seat in seats}
+            kept = {seat.group for seat in self._connection.idle}
+            for room in groups - kept:
+                self._connection.release(room)
+            self._seats = {role: [] for role in self._seats}
+
+    def _seated(self, seat: _Seat, request: RoleRequest, rank: int) -> _Seat:
+        if seat.host is not None:
+            return seat
+        env = worker_environment(seat.share, request.env)
+        scheduling = PlacementGroupSchedulingStrategy(
+            placement_group=seat.group, placement_group_bundle_index=seat.bundle
+        )
+        # A restarted worker would have lost its state, a repeated call would act twice.
+        host = (
+            ray.remote(Host)
+            .options(
+                num_cpus=seat.share.cpus,
+                num_gpus=seat.share.gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=scheduling,
+                runtime_env={"env_vars": env},
+            )
+            .remote()
+        )
+        return replace(seat, host=host, process=host.process.remote(), env=env, reuse=request.reuse)
+
+    def _finish(self, seats: Sequence[_Seat], *, healthy: bool) -> None:
+        """Lets the workers close, keeps the hosts that are to be used again, ends the others."""
+        drops = [seat.host.drop.remote() for seat in seats]
+        ray.wait(drops, num_returns=len(drops), timeout=_CLOSE_HEALTHY_S if healthy else _CLOSE_FAILED_S)
+        ended = []
+        for seat, drop in zip(seats, drops, strict=True):
+            if seat.reuse is not None and _succeeded(drop):
+                self._connection.keep(seat)
+            else:
+                ended.append(seat)
+        _end(ended)
+
+
+def _succeeded(reply: ray.ObjectRef[None]) -> bool:
+    try:
+        ray.get(reply, timeout=0)
+    except RayError:
+        return False
+    return True
+
+
+def _end(seats: Sequence[_Seat]) -> None:
+    """Kills the hosts, and waits for those processes of theirs that run on this machine."""
+    processes = []
+    for seat in seats:
+        with suppress(RayError, psutil.Error):
+            address, pid, _ = ray.get(seat.process, timeout=0)
+            if address == ray.util.get_node_ip_address():
+                processes.append(psutil.Process(pid))
+        ray.kill(seat.host)
+    psutil.wait_procs(processes, timeout=_GONE_S)
+
+
+def _join(address: str, timeout_s: float) -> None:
+    """Connects to a running Ray."""
+    where = f"placement.address: got {address!r}"
+    if address.startswith("ray://"):
+        raise ConfigError(f"{where}, wanted HOST:PORT of the cluster's head; a ray:// client cannot hold the workers")
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(f"{where}, wanted HOST:PORT, `auto`, or nothing for a Ray of this machine's own")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=min(_CONNECT_S, timeout_s)).close()
+        except OSError as error:
+            raise ConfigError(
+                f"{where}, but nothing answers there ({error}); is the cluster up, and the port open?"
+            ) from None
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        raise ConfigError(
+            f"{where}, but no connection came about: {error}\nIs a Ray cluster running there? "
+            "With token authentication, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) must be set"
+        ) from None
+
+
+def _start(num_cpus: int | None, num_gpus: int | None) -> str:
+    """Starts a Ray of our own on this machine; gives its temporary folder."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Our actors run in processes with an environment of their own; those started ahead would stay idle.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    _provide_token()
+    # It only says that authentication is on.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # Sockets lie in this folder, and their paths may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="rlhf_ray_", dir="/tmp")
+    small = psutil.virtual_memory().total < _SMALL_MACHINE
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            include_dashboard=False,
+            object_store_memory=_SMALL_OBJECT_STORE if small else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=folder,
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _provide_token() -> None:
+    """Gives Ray a token for this session, where it would otherwise write one into the home folder."""
+    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    if not (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

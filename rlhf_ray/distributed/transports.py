@@ -1,0 +1,798 @@
+"""Moving named tensors from one sender to many receivers: shared memory, gloo, NCCL, CUDA IPC.
+
+Tensors are packed into flat buckets; a TCPStore in the sender's process carries the buckets' layouts and
+the flow control, the buckets' bytes go over the wire of the chosen kind. Every wait has the deadline of the
+TransportSpec, and a side that fails tells the other why.
+
+    learner, every rank                                generator
+    -------------------                                ---------
+    send_buckets(sender, version, buckets)   ------>   for name, tensor in receiver.tensors(version): ...
+      -> SentWeights                                   receiver.received() -> ReceivedWeights
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from rlhf_ray.distributed.faults import fault
+from rlhf_ray.errors import WeightSyncError
+
+TransportKind: TypeAlias = Literal["shared_memory", "gloo", "nccl", "cuda_ipc"]
+
+_POLL_S = 0.25
+_ALIGN = 64
+_ROW_WORDS = 256
+_CHUNK_WORDS = 1 << 15
+
+
+@dataclass(frozen=True)
+class TransportSpec:
+    """How the weights travel; the same for the sender and all receivers.
+
+    Args:
+        kind: shared_memory (same node), gloo (any nodes), nccl (a GPU each), cuda_ipc (the same GPU).
+        address: host of the sender, where receivers find its store.
+        port: the store's port there; of `open_store` in the sender's process, or any free one.
+        receivers: number of receivers, counting each tensor-parallel worker of a generator.
+        timeout_s: deadline of every wait.
+        bucket_bytes: size of one bucket; tensors larger than it travel in pieces.
+        session: number of this transfer; a new number for each, so that no key of an earlier one is read.
+    """
+
+    kind: TransportKind
+    address: str
+    port: int
+    receivers: int
+    timeout_s: float = 300.0
+    bucket_bytes: int = 64 << 20
+    session: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for calls that take nothing else."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SentWeights:
+    """What the learner sent: version, digest of each tensor by name (only rank 0's are filled), bytes."""
+
+    version: int
+    digests: dict[str, int]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ReceivedWeights:
+    """What a generator received: version, digest of each tensor by name, bytes."""
+
+    version: int
+    digests: dict[str, int]
+    nbytes: int
+
+
+def digest(tensor: Tensor) -> int:
+    """64 bits that depend on every byte of the tensor, its place, the shape and the dtype.
+
+    Integer sums modulo 2**64 of the rows and columns of the tensor's words, weighted by position: exact on every
+    device, whatever the order of summation.
+    """
+    raw = tensor.detach().reshape(-1).contiguous()
+    if raw.storage_offset() * raw.element_size() % 8:
+        raw = raw.clone()
+    data = raw.view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    words = data[:whole].view(torch.int64)
+    full = words.numel() // _ROW_WORDS * _ROW_WORDS
+    table = words[:full].view(-1, _ROW_WORDS)
+    # On a CPU both sums of a chunk find it in the cache; on a GPU one launch is cheaper than many.
+    parts = (table,) if tensor.is_cuda else torch.split(table, _CHUNK_WORDS // _ROW_WORDS)
+    columns = torch.zeros(_ROW_WORDS, dtype=torch.int64, device=data.device)
+    rows = [torch.zeros(0, dtype=torch.int64, device=data.device)]
+    for part in parts:
+        columns += part.sum(0)
+        rows.append(part.sum(1))
+    sums = [_weighted(columns), _weighted(torch.cat(rows)), _weighted(words[full:]), _weighted(data[whole:].long())]
+    text = json.dumps([*(int(value) for value in sums), list(tensor.shape), _dtype_name(tensor.dtype)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _weighted(words: Tensor) -> Tensor:
+    """Sum of the words, each times an odd number that depends on its position, modulo 2**64."""
+    position = torch.arange(1, words.numel() + 1, dtype=torch.int64, device=words.device)
+    mixed = position * 0x1E3779B97F4A7C15
+    mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
+    return (words * (mixed | 1)).sum()
+
+
+def check_same(sent: SentWeights, received: ReceivedWeights, *, who: str) -> None:
+    """Raises WeightSyncError naming the version or the first tensor in which the two differ."""
+    if sent.version != received.version:
+        raise WeightSyncError(
+            f"{who}: holds version {received.version} of the weights, the learner sent {sent.version}"
+        )
+    for name in sent.digests:
+        if name not in received.digests:
+            raise WeightSyncError(f"{who}: tensor {name!r} of version {sent.version} did not arrive")
+    for name, value in received.digests.items():
+        if name not in sent.digests:
+            raise WeightSyncError(f"{who}: tensor {name!r} arrived, and the learner did not send it")
+        if value != sent.digests[name]:
+            raise WeightSyncError(
+                f"{who}: tensor {name!r} of version {sent.version} arrived with digest {value:016x}, "
+                f"the learner sent {sent.digests[name]:016x}"
+            )
+
+
+def send_buckets(
+    sender: Sender | None, version: int, buckets: Iterable[Sequence[tuple[str, Tensor]]], *, role: str = "policy"
+) -> SentWeights:
+    """Sends all tensors of the buckets as one version and gives their digests.
+
+    Every rank of the learner calls it, because iterating gathers tensors from all of them; only rank 0 has a
+    sender. The buckets' tensors are copied before the next bucket is asked for. When sending fails the buckets are
+    still iterated to the end, so that no other rank is left waiting in a collective.
+
+    Raises:
+        WeightSyncError: a receiver failed, or a deadline passed.
+    """
+    stream = iter(buckets)
+    if sender is None:
+        for _ in stream:
+            pass
+        return SentWeights(version, {}, 0)
+    action = fault("sync", role=role, rank=0, iteration=version)
+    outgoing = _Outgoing(sender, action)
+    try:
+        sender.begin(version - 1 if action == "stale_version" else version)
+        for bucket in stream:
+            for name, tensor in bucket:
+                outgoing.put(name, tensor)
+        outgoing.finish()
+    except BaseException as error:
+        sender.fail(f"sender: {error}")
+        for _ in stream:
+            pass
+        raise
+    return SentWeights(version, outgoing.digests, sender.nbytes)
+
+
+class _Outgoing:
+    """Digests and sends tensors one by one; spoils what goes over the wire where a test asks for it."""
+
+    def __init__(self, sender: Sender, action: str | None) -> None:
+        self.digests: dict[str, int] = {}
+        self._sender = sender
+        self._action = action
+        self._spoiled = False
+        self._held: dict[tuple[torch.Size, torch.dtype], tuple[str, Tensor]] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        self.digests[name] = digest(tensor)
+        if self._action in ("drop_tensor", "swap_tensors", "corrupt") and not self._spoiled:
+            self._spoil(name, tensor)
+        else:
+            self._sender.add(name, tensor)
+
+    def _spoil(self, name: str, tensor: Tensor) -> None:
+        if self._action == "drop_tensor":
+            self._spoiled = True
+        elif self._action == "corrupt":
+            bad = tensor.detach().clone().reshape(-1).view(torch.uint8)
+            bad[bad.numel() // 2] ^= 1
+            self._sender.add(name, bad.view(tensor.dtype).view(tensor.shape))
+            self._spoiled = True
+        else:
+            twin = self._held.pop((tensor.shape, tensor.dtype), None)
+            if twin is not None and not torch.equal(twin[1], tensor):
+                self._sender.add(twin[0], tensor)
+                self._sender.add(name, twin[1])
+                self._spoiled = True
+            else:
+                for held in () if twin is None else (twin,):
+                    self._sender.add(*held)
+                self._held[tensor.shape, tensor.dtype] = (name, tensor.detach().clone())
+                return
+        self._release()
+
+    def _release(self) -> None:
+        for name, tensor in self._held.values():
+            self._sender.add(name, tensor)
+        self._held.clear()
+
+    def finish(self) -> None:
+        self._release()
+        self._sender.finish()
+
+
+# -------------------------------------------------------------------------------- the two sides
+
+
+class _Side:
+    """What sender and receiver share: the store, its keys, waiting, and telling the other side of a failure."""
+
+    def __init__(self, spec: TransportSpec, store: Store) -> None:
+        self.spec = spec
+        self._store = store
+
+    def _key(self, *parts: object) -> str:
+        return "/".join(str(part) for part in (self.spec.session, *parts))
+
+    def _set(self, key: str, value: str) -> None:
+        with self._in_words(f"writing {key}"):
+            self._store.set(key, value)
+
+    def _get(self, key: str) -> str:
+        with self._in_words(f"reading {key}"):
+            return str(self._store.get(key).decode())
+
+    def _await(self, keys: list[str], what: str) -> None:
+        """Waits until all keys are there; raises when the other side failed or the deadline passed."""
+        deadline = time.monotonic() + self.spec.timeout_s
+        while True:
+            with self._in_words(what):
+                try:
+                    self._store.wait(keys, timedelta(seconds=_POLL_S))
+                    return
+                except dist.DistStoreError:
+                    failed = self._store.check([self._key("error")])
+            if failed:
+                raise WeightSyncError(f"weight transfer stopped: {self._get(self._key('error'))}")
+            if time.monotonic() > deadline:
+                absent = [key for key in keys if not self._store.check([key])]
+                raise WeightSyncError(
+                    f"weight transfer: waited {self.spec.timeout_s:g} s for {what}; {len(absent)} of {len(keys)} are missing"
+                )
+
+    @contextlib.contextmanager
+    def _in_words(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except dist.DistStoreError:
+            raise
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, WeightSyncError):
+                raise
+            raise WeightSyncError(
+                f"weight transfer: {what}: the other side's process is gone ({_first_line(error)})"
+            ) from error
+
+    def fail(self, reason: str) -> None:
+        """Tells the other side why this one stopped; harmless when it cannot be told any more."""
+        with contextlib.suppress(RuntimeError, OSError, WeightSyncError):
+            self._store.set(self._key("error"), reason)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class Sender(_Side):
+    """The learner's end: packs tensors into buckets and puts them on the wire.
+
+    One sender serves many transfers: `renewed` gives it the next session.
+    """
+
+    def __init__(self, spec: TransportSpec) -> None:
+        super().__init__(spec, _master_store(spec))
+        self.nbytes = 0
+        self._wire: _Wire | None = None
+        self._version = 0
+        self._bucket = 0
+        self._filled = 0
+        self._pieces: list[dict[str, Any]] = []
+        self._slot: Tensor | None = None
+        self._count = 0
+        self._old_keys: list[str] = []
+
+    @classmethod
+    def renewed(cls, previous: Sender | None, spec: TransportSpec) -> Sender:
+        """The previous sender where the spec differs in its session alone, else a new one (and the old is closed)."""
+        if previous is not None and _same_but_session(spec, previous.spec):
+            previous.spec = spec
+            return previous
+        if previous is not None:
+            previous.close()
+        return cls(spec)
+
+    def begin(self, version: int) -> None:
+        """Starts a transfer; waits until all receivers are there.
+
+        Raises:
+            WeightSyncError: a receiver did not come in time.
+        """
+        self.nbytes, self._version, self._bucket, self._filled, self._count = 0, version, 0, 0, 0
+        self._pieces, self._slot = [], None
+        for key in self._old_keys:
+            self._store.delete_key(key)
+        self._old_keys = []
+        self._set(self._key("here", "sender"), "1")
+        self._await([self._key("here", rank) for rank in self._ranks()], "the receivers to come")
+        if self._wire is None:
+            self._wire = _make_wire(self.spec, self._store, rank=0)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Copies one tensor into the stream; it may change as soon as this returns."""
+        flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+        common = {"name": name, "dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape), "total": flat.numel()}
+        start = 0
+        while True:
+            slot = self._open_slot()
+            length = min(flat.numel() - start, slot.numel() - self._filled)
+            slot[self._filled : self._filled + length].copy_(flat[start : start + length])
+            self._pieces.append({**common, "start": start, "at": self._filled, "length": length})
+            self._filled += -(-length // _ALIGN) * _ALIGN
+            start += length
+            if self._filled >= slot.numel():
+                self._flush()
+            if start >= flat.numel():
+                break
+        self.nbytes += flat.numel()
+        self._count += 1
+
+    def finish(self) -> None:
+        """Sends what is left, and waits until every receiver has taken all of it."""
+        self._flush()
+        end = {"version": self._version, "end": True, "tensors": self._count, "bytes": self.nbytes}
+        self._set(self._key("bucket", self._bucket), json.dumps(end))
+        self._await([self._key("taken", self._bucket, rank) for rank in self._ranks()], "the receivers to take the end")
+        assert self._wire is not None
+        self._wire.settle()
+        for bucket in range(self._bucket + 1):
+            taken = [self._key("taken", bucket, rank) for rank in self._ranks()]
+            self._old_keys += [self._key("bucket", bucket), *taken]
+
+    def close(self) -> None:
+        """Frees the buffers and the group; the store stays for the next sender on this port."""
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+
+    def _ranks(self) -> range:
+        return range(self.spec.receivers)
+
+    def _open_slot(self) -> Tensor:
+        if self._slot is None:
+            assert self._wire is not None, "begin() comes first"
+            before = self._bucket - self._wire.slots
+            if before >= 0:
+                self._await(
+                    [self._key("taken", before, rank) for rank in self._ranks()], f"bucket {before} to be taken"
+                )
+            self._slot = self._wire.slot(self._bucket)
+        return self._slot
+
+    def _flush(self) -> None:
+        if not self._pieces:
+            return
+        assert self._wire is not None
+        layout = {
+            "version": self._version,
+            "pieces": self._pieces,
+            "bytes": min(self._filled, self.spec.bucket_bytes),
+            "wire": self._wire.description(),
+        }
+        self._wire.before_publish()
+        self._set(self._key("bucket", self._bucket), json.dumps(layout))
+        with self._in_words(f"sending bucket {self._bucket}"):
+            self._wire.publish(self._bucket, layout["bytes"])
+        self._bucket += 1
+        self._filled, self._pieces, self._slot = 0, [], None
+
+
+class Receiver(_Side):
+    """A generator's end: gives the tensors in the order in which they were sent, as copies of its own.
+
+    Args:
+        rank: number of this receiver, 0 to spec.receivers - 1.
+    """
+
+    def __init__(self, spec: TransportSpec, rank: int) -> None:
+        assert 0 <= rank < spec.receivers, f"receiver {rank} of {spec.receivers}"
+        try:
+            store = TCPStore(
+                spec.address,
+                spec.port,
+                is_master=False,
+                timeout=timedelta(seconds=spec.timeout_s),
+                wait_for_workers=False,
+            )
+        except RuntimeError as error:
+            raise WeightSyncError(
+                f"weight transfer: no sender at {spec.address}:{spec.port} within {spec.timeout_s:g} s ({_first_line(error)})"
+            ) from error
+        super().__init__(spec, store)
+        self.rank = rank
+        self._wire: _Wire | None = None
+        self._version = -1
+        self._digests: dict[str, int] = {}
+        self._nbytes = 0
+
+    @classmethod
+    def renewed(cls, previous: Receiver | None, spec: TransportSpec, rank: int) -> Receiver:
+        """The previous receiver where the spec differs in its session alone, else a new one (and the old is closed)."""
+        if previous is not None and previous.rank == rank and _same_but_session(spec, previous.spec):
+            previous.spec = spec
+            return previous
+        if previous is not None:
+            previous.close()
+        return cls(spec, rank)
+
+    def tensors(self, version: int) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the transfer, on the wire's device, digested on arrival.
+
+        Raises:
+            WeightSyncError: another version arrives, the sender failed, or a deadline passed.
+        """
+        self._version, self._digests, self._nbytes = -1, {}, 0
+        self._set(self._key("here", self.rank), "1")
+        self._await([self._key("here", "sender")], "the sender to come")
+        if self._wire is None and self.spec.kind in ("gloo", "nccl"):
+            everyone = [self._key("here", rank) for rank in range(self.spec.receivers)]
+            self._await(everyone, "the other receivers to come")
+            self._wire = _make_wire(self.spec, self._store, rank=self.rank + 1)
+        unfinished: dict[str, tuple[Tensor, int]] = {}
+        bucket = 0
+        while True:
+            self._await([self._key("bucket", bucket)], f"bucket {bucket}")
+            layout = json.loads(self._get(self._key("bucket", bucket)))
+            check_version(layout["version"], version)
+            if layout.get("end"):
+                break
+            complete = list(self._take(bucket, layout, unfinished))
+            self._set(self._key("taken", bucket, self.rank), "1")
+            for name, tensor in complete:
+                self._digests[name] = digest(tensor)
+                self._nbytes += tensor.numel() * tensor.element_size()
+                yield name, tensor
+            bucket += 1
+        self._version = version
+        self._set(self._key("taken", bucket, self.rank), "1")
+        if unfinished or len(self._digests) != layout["tensors"]:
+            raise WeightSyncError(
+                f"weight transfer: {layout['tensors']} tensors were sent, {len(self._digests)} arrived, "
+                f"{len(unfinished)} of them in part"
+            )
+
+    def _take(
+        self, bucket: int, layout: dict[str, Any], unfinished: dict[str, tuple[Tensor, int]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        # The engine keeps references until a layer is complete, and the sender writes over the bucket: so copy.
+        with self._in_words(f"receiving bucket {bucket}"):
+            if self._wire is None:
+                self._wire = _attach_wire(self.spec, layout["wire"])
+            source = self._wire.fetch(bucket, layout["bytes"])
+        for piece in layout["pieces"]:
+            name, total = piece["name"], piece["total"]
+            if name not in unfinished:
+                unfinished[name] = (torch.empty(total, dtype=torch.uint8, device=source.device), 0)
+            flat, have = unfinished.pop(name)
+            end = piece["start"] + piece["length"]
+            flat[piece["start"] : end].copy_(source[piece["at"] : piece["at"] + piece["length"]])
+            have += piece["length"]
+            if have < total:
+                unfinished[name] = (flat, have)
+            else:
+                yield name, flat.view(getattr(torch, piece["dtype"])).view(piece["shape"])
+        if source.is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def received(self) -> ReceivedWeights:
+        """What arrived, after `tensors` came to its end."""
+        assert self._version >= 0, "the transfer is not complete"
+        return ReceivedWeights(self._version, self._digests, self._nbytes)
+
+    def close(self) -> None:
+        """Frees the buffers and the group."""
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+
+
+def check_version(got: int, wanted: int) -> None:
+    """Raises WeightSyncError where weights of another version arrive than the one announced."""
+    if got != wanted:
+        raise WeightSyncError(f"weights of version {got} arrived where version {wanted} was announced; they are stale")
+
+
+_STORES: dict[int, TCPStore] = {}
+
+
+def open_store(timeout_s: float = 300.0) -> int:
+    """Starts the sender's store on a free port of this host and gives the port, for the TransportSpec."""
+    store = TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    _STORES[store.port] = store
+    return int(store.port)
+
+
+def _master_store(spec: TransportSpec) -> TCPStore:
+    if spec.port not in _STORES:
+        try:
+            _STORES[spec.port] = TCPStore(
+                "localhost",
+                spec.port,
+                is_master=True,
+                timeout=timedelta(seconds=spec.timeout_s),
+                wait_for_workers=False,
+            )
+        except RuntimeError as error:
+            raise WeightSyncError(
+                f"weight transfer: port {spec.port} cannot be opened for the weights ({_first_line(error)})"
+            ) from error
+    return _STORES[spec.port]
+
+
+def _same_but_session(one: TransportSpec, other: TransportSpec) -> bool:
+    return {**asdict(one), "session": 0} == {**asdict(other), "session": 0}
+
+
+# ---------------------------------------------------------------------------------------- wires
+
+
+class _Wire(ABC):
+    """Moves a bucket's bytes; `slots` buckets can be under way at once."""
+
+    slots: int
+
+    @abstractmethod
+    def slot(self, bucket: int) -> Tensor:
+        """The sender's buffer for a bucket, uint8."""
+
+    def description(self) -> Any:
+        """What a receiver needs to attach, as JSON."""
+        return None
+
+    def before_publish(self) -> None:
+        """The sender's bytes must be in place when this returns."""
+        return None
+
+    @abstractmethod
+    def publish(self, bucket: int, nbytes: int) -> None:
+        """The sender lets a bucket go."""
+
+    @abstractmethod
+    def fetch(self, bucket: int, nbytes: int) -> Tensor:
+        """The receiver's view of a bucket, uint8, valid until it says `taken`."""
+
+    def settle(self) -> None:
+        """Every receiver is attached and has taken everything."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what this side holds."""
+
+
+class _SharedPages(_Wire):
+    """Two slots in one file in memory, mapped by the sender and by every receiver of the node."""
+
+    slots = 2
+
+    def __init__(self, path: str, descriptor: int, slot_bytes: int) -> None:
+        self.path = path
+        self._slot_bytes = slot_bytes
+        self._descriptor = descriptor
+        self._pages: mmap.mmap | None = mmap.mmap(descriptor, 2 * slot_bytes)
+        self._flat = torch.frombuffer(self._pages, dtype=torch.uint8)
+
+    @classmethod
+    def create(cls, slot_bytes: int) -> Self:
+        """A new segment; segments whose owner is dead are removed first."""
+        folder = _shared_folder(2 * slot_bytes)
+        _remove_stale(folder)
+        descriptor, path = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            os.posix_fallocate(descriptor, 0, 2 * slot_bytes)
+        except OSError as error:
+            os.unlink(path)
+            raise WeightSyncError(
+                f"weight transfer: {folder} has no {2 * slot_bytes >> 20} MiB left for two buckets ({error.strerror}); "
+                "free some, or give the container a larger /dev/shm"
+            ) from error
+        return cls(path, descriptor, slot_bytes)
+
+    @classmethod
+    def attach(cls, description: dict[str, Any]) -> Self:
+        path = description["path"]
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except FileNotFoundError as error:
+            raise WeightSyncError(
+                f"weight transfer: shared memory {path} is gone; a receiver on another node needs gloo, "
+                "a restarted one a new transport"
+            ) from error
+        return cls(path, descriptor, description["slot_bytes"])
+
+    def slot(self, bucket: int) -> Tensor:
+        start = bucket % 2 * self._slot_bytes
+        return self._flat[start : start + self._slot_bytes]
+
+    def description(self) -> dict[str, Any]:
+        return {"path": self.path, "slot_bytes": self._slot_bytes}
+
+    def publish(self, bucket: int, nbytes: int) -> None:
+        pass
+
+    def fetch(self, bucket: int, nbytes: int) -> Tensor:
+        return self.slot(bucket)[:nbytes]
+
+    def settle(self) -> None:
+        # All have mapped it: without its name nothing is left behind, however the processes end.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def close(self) -> None:
+        if self._pages is None:
+            return
+        self.settle()
+        self._flat = torch.empty(0, dtype=torch.uint8)
+        with contextlib.suppress(BufferError):
+            self._pages.close()
+        self._pages = None
+        os.close(self._descriptor)
+
+
+_PREFIX = "rlhf_ray-weights-"
+
+
+def _shared_folder(needed: int) -> str:
+    for folder in ("/dev/shm", tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            room = os.statvfs(folder)
+            if os.access(folder, os.W_OK) and room.f_bavail * room.f_frsize > needed:
+                return folder
+    return tempfile.gettempdir()
+
+
+def _remove_stale(folder: str) -> None:
+    """Unlinks segments that nobody holds locked: their sender is dead."""
+    for path in Path(folder).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+class _CudaPages(_Wire):
+    """Two slots in one allocation of the sender's on a GPU, opened by the receivers on the same GPU."""
+
+    slots = 2
+
+    def __init__(self, flat: Tensor, slot_bytes: int) -> None:
+        self._flat = flat
+        self._slot_bytes = slot_bytes
+
+    @classmethod
+    def create(cls, slot_bytes: int) -> Self:
+        return cls(torch.empty(2 * slot_bytes, dtype=torch.uint8, device="cuda"), slot_bytes)
+
+    @classmethod
+    def attach(cls, description: dict[str, Any]) -> Self:
+        uuid, slot_bytes = description["uuid"], description["slot_bytes"]
+        devices = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+        if uuid not in devices:
+            raise WeightSyncError(f"weight transfer: cuda_ipc wants GPU {uuid}, this process sees {sorted(devices)}")
+        fields = [
+            base64.b64decode(value["bytes"]) if isinstance(value, dict) else value for value in description["handle"]
+        ]
+        storage: Any = torch.UntypedStorage
+        storage = storage._new_shared_cuda(devices[uuid], *fields[1:])
+        flat = torch.empty(0, dtype=torch.uint8, device=f"cuda:{devices[uuid]}").set_(storage)
+        return cls(flat, slot_bytes)
+
+    def slot(self, bucket: int) -> Tensor:
+        start = bucket % 2 * self._slot_bytes
+        return self._flat[start : start + self._slot_bytes]
+
+    def description(self) -> dict[str, Any]:
+        storage: Any = self._flat.untyped_storage()
+        handle = [
+            {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+            for value in storage._share_cuda_()
+        ]
+        uuid = str(torch.cuda.get_device_properties(self._flat.device).uuid)
+        return {"uuid": uuid, "slot_bytes": self._slot_bytes, "handle": handle}
+
+    def before_publish(self) -> None:
+        torch.cuda.current_stream().synchronize()
+
+    def publish(self, bucket: int, nbytes: int) -> None:
+        pass
+
+    def fetch(self, bucket: int, nbytes: int) -> Tensor:
+        return self.slot(bucket)[:nbytes]
+
+    def close(self) -> None:
+        self._flat = torch.empty(0, dtype=torch.uint8)
+
+
+class _Broadcast(_Wire):
+    """One buffer on each side and a process group of its own, beside the process's default group."""
+
+    slots = 1
+
+    def __init__(self, spec: TransportSpec, store: Store, rank: int) -> None:
+        timeout = timedelta(seconds=spec.timeout_s)
+        size = spec.receivers + 1
+        rooms = PrefixStore(f"group/{spec.session}", store)
+        self._group: Any
+        if spec.kind == "nccl":
+            device = torch.device("cuda", torch.cuda.current_device())
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(rooms, rank, size, options)
+        else:
+            device = torch.device("cpu")
+            self._group = dist.ProcessGroupGloo(rooms, rank, size, timeout)
+        self._flat = torch.empty(spec.bucket_bytes, dtype=torch.uint8, device=device)
+
+    def slot(self, bucket: int) -> Tensor:
+        return self._flat
+
+    def publish(self, bucket: int, nbytes: int) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        self._group.broadcast([self._flat[:nbytes]], options).wait()
+        if self._flat.is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def fetch(self, bucket: int, nbytes: int) -> Tensor:
+        self.publish(bucket, nbytes)
+        return self._flat[:nbytes]
+
+    def close(self) -> None:
+        self._flat = torch.empty(0, dtype=torch.uint8)
+        if self._group is not None and hasattr(self._group, "abort"):
+            with contextlib.suppress(RuntimeError):
+                self._group.abort()
+        self._group = None
+
+
+def _make_wire(spec: TransportSpec, store: Store, *, rank: int) -> _Wire:
+    match spec.kind:
+        case "shared_memory":
+            return _SharedPages.create(spec.bucket_bytes)
+        case "cuda_ipc":
+            return _CudaPages.create(spec.bucket_bytes)
+        case _:
+            return _Broadcast(spec, store, rank)
+
+
+def _attach_wire(spec: TransportSpec, description: dict[str, Any]) -> _Wire:
+    return _SharedPages.attach(description) if spec.kind == "shared_memory" else _CudaPages.attach(description)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

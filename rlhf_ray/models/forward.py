@@ -1,0 +1,153 @@
+"""From rows to log-probabilities, entropies and values, without padding reaching a result.
+
+Rows go through the network packed (one long row, told apart by position ids), or, where an architecture does
+not support that, side by side: padded on the right, which a causal network cannot see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from rlhf_ray.algorithms.logprobs import token_logprobs, token_logprobs_and_entropy
+from rlhf_ray.data.batches import Sequences
+from rlhf_ray.data.packing import pack
+from rlhf_ray.models.heads import NetworkOutput
+from rlhf_ray.shapes import SequenceFloat, TokenFloat
+
+Layout: TypeAlias = Literal["packed", "padded"]
+Entropy: TypeAlias = Literal["off", "reported", "trained"]
+RunNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor], NetworkOutput]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network says about rows [B, T]; 0 where it was not asked or has no such head.
+
+    Args:
+        logprobs: log-probability of each token of response_mask.
+        entropy: entropy of the distribution that each token of response_mask was drawn from.
+        values: value before each token but the first.
+        final_values: [B] value after the last token.
+    """
+
+    logprobs: TokenFloat
+    entropy: TokenFloat
+    values: TokenFloat
+    final_values: SequenceFloat
+
+
+def forward(
+    run: RunNetwork,
+    sequences: Sequences,
+    *,
+    layout: Layout,
+    device: torch.device,
+    temperature: float = 1.0,
+    entropy: Entropy = "off",
+) -> Outputs:
+    """One forward pass over all rows of `sequences`.
+
+    Args:
+        run: a network of heads.py, or an engine around one.
+        temperature: of the distribution that log-probabilities and entropies speak of.
+        entropy: `reported` computes it without a gradient.
+    """
+    arranged = _packed(sequences, device) if layout == "packed" else _padded(sequences, device)
+    keep = arranged.kept_positions()
+    logits, values = run(arranged.tokens, arranged.position_ids, keep)
+
+    shape = sequences.tokens.shape
+    zeros = torch.zeros(shape, device=device)
+    logprobs, entropies = zeros, zeros
+    if logits is not None:
+        tokens, trained = arranged.tokens[:, keep], arranged.trained[:, keep]
+        if entropy == "off":
+            chosen, spread = token_logprobs(logits, tokens, temperature=temperature), None
+        else:
+            chosen, spread = token_logprobs_and_entropy(
+                logits, tokens, temperature=temperature, entropy_gradient=entropy == "trained"
+            )
+        mask = sequences.response_mask.to(device)
+        logprobs = _place(chosen[trained], mask)
+        entropies = zeros if spread is None else _place(spread[trained], mask)
+    if values is None:
+        return Outputs(logprobs, entropies, zeros, zeros[:, 0])
+    after = _place(values[arranged.real], sequences.attention_mask.to(device))
+    before = pad(after, (1, 0))[:, :-1] * sequences.attention_mask.to(device)
+    final = after.gather(1, (sequences.lengths().to(device) - 1).clamp(min=0)[:, None]).squeeze(1)
+    return Outputs(logprobs, entropies, before, final)
+
+
+@dataclass(frozen=True)
+class _Arranged:
+    """Rows as the network sees them, [R, N] each: what is real, and what is trained."""
+
+    tokens: Tensor
+    position_ids: Tensor
+    real: Tensor
+    trained: Tensor
+
+    def kept_positions(self) -> Tensor:
+        """[K] positions that need logits: trained tokens and the ones before them, so that neighbours stay neighbours."""
+        trained = self.trained.any(0)
+        needed = trained | pad(trained, (0, 1))[1:]
+        needed[0] |= ~needed.any()
+        return needed.nonzero().squeeze(1)
+
+
+def _packed(sequences: Sequences, device: torch.device) -> _Arranged:
+    packed = pack(sequences, range(len(sequences)))
+    return _Arranged(
+        tokens=packed.tokens.to(device),
+        position_ids=packed.position_ids.to(device),
+        real=torch.ones_like(packed.starts, device=device),
+        trained=sequences.response_mask[sequences.attention_mask][None].to(device),
+    )
+
+
+def _padded(sequences: Sequences, device: torch.device) -> _Arranged:
+    longest = int(sequences.lengths().max())
+    mask = sequences.attention_mask[:, :longest]
+    return _Arranged(
+        tokens=sequences.tokens[:, :longest].masked_fill(~mask, 0).to(device),
+        position_ids=torch.arange(longest, device=device).expand(len(mask), longest),
+        real=mask.to(device),
+        trained=sequences.response_mask[:, :longest].to(device),
+    )
+
+
+def _place(flat: Tensor, mask: Tensor) -> Tensor:
+    """The values of the mask's tokens, in row order, at their places in [B, T]; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+@torch.no_grad()
+def supports_packing(model: PreTrainedModel) -> bool:
+    """Whether two rows in one pack give the logits that they give alone, tried out on a few tokens."""
+    if "logits_to_keep" not in signature(model.forward).parameters:
+        return False
+    rows = [[1, 2, 3], [2, 3, 1, 1]]
+    vocabulary = model.config.get_text_config().vocab_size
+
+    def logits(tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        ids = torch.tensor([tokens], device=model.device) % vocabulary
+        found: Tensor = model(
+            input_ids=ids, position_ids=torch.tensor([positions], device=model.device), use_cache=False
+        ).logits[0]
+        return found.float()
+
+    try:
+        packed = logits(rows[0] + rows[1], [0, 1, 2, 0, 1, 2, 3])
+    except TypeError:
+        return False
+    alone = torch.cat([logits(row, range(len(row))) for row in rows])
+    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
+    return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())

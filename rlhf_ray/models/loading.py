@@ -1,0 +1,286 @@
+"""Models and tokenizers: from a directory, from the hub, or fresh.
+
+Whatever goes wrong becomes a ConfigError in plain words. Code that a model brings along is never run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf_ray.config.schema import NewModel
+from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.errors import ConfigError
+
+DTypeName: TypeAlias = Literal["float32", "bfloat16"]
+
+_WIDTHS = {"tiny": (128, 4, 4, 352), "mini": (256, 6, 4, 704), "small": (384, 8, 6, 1024)}
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub name; where it has no pad token, eos (else unk) serves, without resizing.
+
+    Rows are masked by position and never by id, so a pad token that is also eos does no harm.
+
+    Raises:
+        ConfigError: no such directory, no tokenizer in it, the hub cannot be reached or refuses.
+    """
+    with _plain_words(name, revision, "tokenizer"):
+        tokenizer = cast(
+            PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(_local(name), revision=revision, trust_remote_code=False)
+        )
+    if len(tokenizer) == 0:
+        raise ConfigError(f"{name}: no tokenizer found; give a tokenizer's directory or hub name under `tokenizer`")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration (config.json) of a directory or hub name.
+
+    Raises:
+        ConfigError: no such directory, no config.json in it, the hub cannot be reached or refuses.
+    """
+    with _plain_words(name, revision, "model"):
+        return cast(
+            PretrainedConfig, AutoConfig.from_pretrained(_local(name), revision=revision, trust_remote_code=False)
+        )
+
+
+def load_causal_lm(name: str, revision: str | None = None, dtype: DTypeName = "float32") -> PreTrainedModel:
+    """A causal language model in evaluation mode on the CPU; every weight must come from the files.
+
+    Raises:
+        ConfigError: as `load_config`; or the model is of another kind, or weights are missing.
+    """
+    return _load(AutoModelForCausalLM, name, revision, dtype, "causal language model")
+
+
+def load_classifier(
+    name: str, revision: str | None = None, dtype: DTypeName = "float32", num_labels: int | None = None
+) -> PreTrainedModel:
+    """A sequence-classification model in evaluation mode on the CPU; every weight must come from the files.
+
+    Args:
+        num_labels: number of outputs that it must have (1 for a reward model); None takes any.
+
+    Raises:
+        ConfigError: as `load_config`; or the model is of another kind, weights are missing, or num_labels differs.
+    """
+    config = load_config(name, revision)
+    if num_labels is not None and config.num_labels != num_labels:
+        raise ConfigError(f"{name}: wanted a classifier with {num_labels} output(s), got {config.num_labels}")
+    return _load(AutoModelForSequenceClassification, name, revision, dtype, "sequence-classification model")
+
+
+def eos_token_ids(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None, generation: GenerationConfig | None = None
+) -> tuple[int, ...]:
+    """Every id that ends a sequence, sorted: of the tokenizer, of config.json and of generation_config.json (some have several)."""
+    found: set[int] = set()
+    for value in (
+        tokenizer.eos_token_id,
+        getattr(config, "eos_token_id", None),
+        getattr(generation, "eos_token_id", None),
+    ):
+        found |= set(value if isinstance(value, list | tuple) else [] if value is None else [value])
+    return tuple(sorted(found))
+
+
+def load_eos_token_ids(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a sequence of the model at `name`, sorted; its files are read, its weights are not."""
+    config = load_config(name, revision)
+    try:
+        generation = GenerationConfig.from_pretrained(_local(name), revision=revision)
+    except OSError:
+        generation = None
+    return eos_token_ids(tokenizer, config, generation)
+
+
+def check_vocabulary(name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where the tokenizer has ids that the model has no embedding for."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        raise ConfigError(
+            f"{name}: the tokenizer's ids go up to {highest}, the model has {config.vocab_size} embeddings; "
+            "give the tokenizer that belongs to the model"
+        )
+
+
+def torch_dtype(name: DTypeName) -> torch.dtype:
+    """torch's type for a name in a pipeline file."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def new_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on texts; it puts `<s>` in front of every text and knows any string."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=max_length,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(spec: NewModel, texts: Iterable[str], *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A randomly initialised model and the tokenizer trained on `texts`: the same for the same arguments."""
+    tokenizer = new_tokenizer(texts, vocab_size=spec.vocab_size, max_length=spec.max_length)
+    hidden, layers, heads, intermediate = _WIDTHS[spec.size]
+    common: dict[str, Any] = {
+        "vocab_size": spec.vocab_size,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "new_model"))
+        model: PreTrainedModel
+        if spec.family == "llama":
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=hidden,
+                    num_hidden_layers=layers,
+                    num_attention_heads=heads,
+                    num_key_value_heads=heads,
+                    intermediate_size=intermediate,
+                    max_position_embeddings=spec.max_length,
+                    tie_word_embeddings=False,
+                    **common,
+                )
+            )
+        else:
+            model = GPT2LMHeadModel(
+                GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=spec.max_length, **common)
+            )
+    return model.eval(), tokenizer
+
+
+def save_new_model(directory: Path, spec: NewModel, texts: Iterable[str], *, seed: int) -> None:
+    """Writes `new_model` as a Hugging Face directory."""
+    quiet_transformers()
+    model, tokenizer = new_model(spec, texts, seed=seed)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def quiet_transformers() -> None:
+    """No progress bars, and only errors in the log."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _load(auto: Any, name: str, revision: str | None, dtype: DTypeName, kind: str) -> PreTrainedModel:
+    quiet_transformers()
+    with _plain_words(name, revision, "model"):
+        try:
+            model, report = auto.from_pretrained(
+                _local(name),
+                revision=revision,
+                dtype=torch_dtype(dtype),
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except ValueError as error:
+            raise ConfigError(f"{name}: wanted a {kind}, got something else: {_first_line(error)}") from error
+    absent = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if absent:
+        architecture = ", ".join(model.config.architectures or ["unknown"])
+        raise ConfigError(
+            f"{name}: wanted a {kind}, got {architecture} without the weights {', '.join(absent[:3])}"
+            f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
+        )
+    return cast(PreTrainedModel, model.eval())
+
+
+def _local(name: str) -> str:
+    return os.path.expanduser(name)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _plain_words(name: str, revision: str | None, what: str) -> Iterator[None]:
+    """Checks a local path, and turns the hub's errors into ConfigErrors."""
+    path = Path(_local(name))
+    if name.startswith((".", "/", "~")) or path.exists() or name.count("/") > 1:
+        if not path.is_dir():
+            raise ConfigError(f"{name}: no such directory; wanted a Hugging Face {what} directory or a hub name")
+        if what == "model" and not (path / "config.json").is_file():
+            raise ConfigError(f"{name}: no config.json in this directory; wanted a Hugging Face model directory")
+    try:
+        yield
+    except (OSError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError) as error:
+        raise ConfigError(_explain(name, revision, what, path.is_dir(), error)) from error
+
+
+def _explain(name: str, revision: str | None, what: str, local: bool, error: Exception) -> str:
+    if local:
+        return f"{name}: the {what} in this directory cannot be read: {_first_line(error)}"
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+
+    def met(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if met(hub_errors.GatedRepoError):
+        return f"{name}: this {what} is gated; accept its terms on its hub page, then set HF_TOKEN to your access token"
+    if met(hub_errors.RevisionNotFoundError):
+        return f"{name}: the hub has no revision {revision!r} of this {what}"
+    if met(hub_errors.RepositoryNotFoundError):
+        return f"{name}: the hub has no {what} of this name, or it is private; check the spelling, or set HF_TOKEN"
+    if met(hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
+        "connect" in str(link).lower() for link in chain
+    ):
+        return (
+            f"{name}: not a directory here, and the Hugging Face hub cannot be reached; "
+            "give a local directory, or check the network and HF_ENDPOINT, HF_HUB_OFFLINE"
+        )
+    return f"{name}: the {what} cannot be loaded: {_first_line(error)}"

@@ -1,0 +1,63 @@
+"""Writing a model as a Hugging Face directory, shard by shard, so that it is never in memory twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelWriter:
+    """Collects weights into safetensors shards.
+
+    Args:
+        directory: the directory to write; made if it does not exist.
+        model: the model whose weights will come; only its names and configuration are read.
+    """
+
+    def __init__(self, directory: Path, model: PreTrainedModel) -> None:
+        self.directory = directory
+        self.model = model
+        # A tied weight is written once; from_pretrained and vLLM make the other from it.
+        self._wanted = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Writes one shard."""
+        kept = {name: tensor.contiguous().cpu() for name, tensor in tensors if name in self._wanted}
+        if not kept:
+            return
+        save_file(kept, self._partial(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(kept))
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+    def finish(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Names the shards, and writes index, configuration, generation configuration and tokenizer."""
+        count = len(self._shards)
+        files = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        )
+        for number, file in enumerate(files):
+            self._partial(number).rename(self.directory / file)
+        if count > 1:
+            index = {
+                "metadata": {"total_size": self._bytes},
+                "weight_map": {name: file for file, names in zip(files, self._shards, strict=True) for name in names},
+            }
+            (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        self.model.config.save_pretrained(self.directory)
+        if self.model.generation_config is not None:
+            # save_pretrained would refuse the inconsistent settings that some hub models carry.
+            self.model.generation_config.to_json_file(self.directory / "generation_config.json")
+        tokenizer.save_pretrained(self.directory)
+
+    def _partial(self, number: int) -> Path:
+        return self.directory / f"shard_{number:05d}.partial"

@@ -1,0 +1,62 @@
+"""Evaluation of the policy on held-out prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Prompts, Rollouts
+from rlhf_ray.distributed.groups import WorkerGroup, gather
+from rlhf_ray.shapes import SequenceFloat
+from rlhf_ray.trainers.metrics import distinct_bigram_share
+from rlhf_ray.workers.generator import Generator
+from rlhf_ray.workers.scorers import RewardScorer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The policy's responses to held-out prompts, their scores [B], each scorer's part, and the metrics."""
+
+    rollouts: Rollouts
+    scores: SequenceFloat
+    parts: dict[str, SequenceFloat]
+    metrics: dict[str, float]
+
+
+def evaluate_prompts(
+    config: schema.Ppo,
+    generator: WorkerGroup[Generator],
+    rewards: dict[str, WorkerGroup[RewardScorer]],
+    held_out: Prompts,
+) -> Evaluation:
+    """Samples with the same seeds in every evaluation, so that two of them compare the weights alone."""
+    settings = config.evaluation
+    sampling = schema.Sampling(
+        temperature=settings.temperature,
+        samples_per_prompt=settings.samples_per_prompt,
+        min_new_tokens=config.sampling.min_new_tokens,
+        max_new_tokens=settings.max_new_tokens or config.sampling.max_new_tokens,
+        stop=config.sampling.stop,
+    )
+    rollouts = generator.split(Generator.generate, held_out, sampling, iteration=0).result()
+    scored = gather(*(group.split(RewardScorer.score, rollouts) for group in rewards.values()))
+    parts = dict(zip(rewards, scored, strict=True))
+    scores = weighted_sum(config.reward, parts)
+    metrics = {
+        "evaluation/reward_mean": float(scores.mean()),
+        "evaluation/reward_std": float(scores.std(correction=0)),
+        "evaluation/length_mean": float(rollouts.sequences.response_mask.sum(1).float().mean()),
+        "evaluation/finished_share": float(rollouts.finished.float().mean()),
+        "evaluation/distinct_bigram_share": distinct_bigram_share(rollouts.responses),
+    }
+    metrics |= {f"evaluation/{name}_mean": float(part.mean()) for name, part in parts.items() if len(parts) > 1}
+    return Evaluation(rollouts, scores, parts, metrics)
+
+
+def weighted_sum(rewards: tuple[schema.Reward, ...], parts: dict[str, SequenceFloat]) -> SequenceFloat:
+    """[B] the scorers' scores, each times its weight, summed."""
+    weighted = [settings.weight * scores for settings, scores in zip(rewards, parts.values(), strict=True)]
+    total = weighted[0]
+    for scores in weighted[1:]:
+        total = total + scores
+    return total

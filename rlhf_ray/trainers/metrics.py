@@ -1,0 +1,291 @@
+"""Metrics: computed from rollouts and experience, and written to metrics.jsonl, TensorBoard and Weights & Biases.
+
+`<run_dir>/metrics.jsonl` has one object per iteration with `stage`, `iteration` and the metrics; iteration 0 is the
+evaluation before the first one. Names are an interface: other tools read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from rlhf_ray.algorithms import kl
+from rlhf_ray.algorithms.masked import explained_variance, masked_mean, masked_row_sum
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Experience, Rollouts
+from rlhf_ray.errors import InstallError
+from rlhf_ray.shapes import SequenceFloat
+from rlhf_ray.trainers.durable import write_file
+
+Number = int | float
+FILE = "metrics.jsonl"
+
+_log = logging.getLogger(__name__)
+
+
+# Computing
+
+
+def rollout_metrics(
+    rollouts: Rollouts, scores: SequenceFloat, parts: Mapping[str, SequenceFloat] | None = None
+) -> dict[str, float]:
+    """Rewards and responses of a batch.
+
+    Args:
+        rollouts: B samples.
+        scores: [B] sequence scores, before the KL term.
+        parts: each scorer's own scores [B] by its name, before weighting.
+
+    Returns:
+        `reward/mean`, `reward/std` (population), `reward/min`, `reward/max`, `reward/<part>_mean`;
+        `response/length_mean` and `response/length_max` in tokens, `response/finished_share` and
+        `response/truncated_share` (ended by the length limit), `response/distinct_bigram_share`.
+    """
+    lengths = rollouts.sequences.response_mask.sum(1)
+    finished = float(rollouts.finished.double().mean())
+    values = scores.double()
+    metrics = {
+        "reward/mean": float(values.mean()),
+        "reward/std": float(values.std(correction=0)),
+        "reward/min": float(values.min()),
+        "reward/max": float(values.max()),
+        "response/length_mean": float(lengths.double().mean()),
+        "response/length_max": float(lengths.max()),
+        "response/finished_share": finished,
+        "response/truncated_share": 1.0 - finished,
+        "response/distinct_bigram_share": distinct_bigram_share(rollouts.responses),
+    }
+    return metrics | {f"reward/{name}_mean": float(part.double().mean()) for name, part in (parts or {}).items()}
+
+
+def experience_metrics(experience: Experience, rollouts: Rollouts) -> dict[str, float]:
+    """Differences between the networks over a batch's response tokens.
+
+    Returns:
+        `kl/per_sequence` in nats (k1 summed over a response, mean over sequences), `kl/k1`, `kl/k2`, `kl/k3` per token;
+        `generator/logprob_diff_mean` and `_max`, the absolute difference between generator and learner;
+        `advantage/mean`, `advantage/std`; and, where there is a critic, `critic/explained_variance` and
+        `critic/value_mean`.
+    """
+    mask = experience.sequences.response_mask
+    old, reference = experience.old_logprobs.double(), experience.reference_logprobs.double()
+    difference = torch.where(mask, (old - rollouts.generator_logprobs.double()).abs(), 0.0)
+    advantages = experience.advantages.double()
+    advantage_mean = masked_mean(advantages, mask)
+    metrics = {
+        "kl/per_sequence": float(masked_row_sum(kl.k1(old, reference), mask).mean()),
+        **{f"kl/{name}": float(masked_mean(kl.estimator(name)(old, reference), mask)) for name in ("k1", "k2", "k3")},
+        "generator/logprob_diff_mean": float(masked_mean(difference, mask)),
+        "generator/logprob_diff_max": float(difference.max()),
+        "advantage/mean": float(advantage_mean),
+        "advantage/std": math.sqrt(float(masked_mean((advantages - advantage_mean).square(), mask))),
+    }
+    values, returns = experience.values.double(), experience.returns.double()
+    if bool((returns != 0).logical_and(mask).any()) or bool((values != 0).logical_and(mask).any()):
+        metrics["critic/explained_variance"] = float(explained_variance(values, returns, mask))
+        metrics["critic/value_mean"] = float(masked_mean(values, mask))
+    return metrics
+
+
+def distinct_bigram_share(texts: Sequence[str]) -> float:
+    """Share of the texts' bigrams of words that are different from each other: 1 is all, near 0 one phrase repeated.
+
+    Words are separated by white space; 0 where there is no bigram. Comparable only between equally many texts of like
+    length.
+    """
+    bigrams = [pair for text in texts for words in [text.split()] for pair in itertools.pairwise(words)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+# Writing
+
+
+class Tracker(Protocol):
+    """A place besides metrics.jsonl that metrics go to."""
+
+    def write(self, iteration: int, metrics: Mapping[str, Number]) -> None:
+        """Takes one iteration's metrics."""
+
+    def flush(self) -> None:
+        """Hands on what is still buffered."""
+
+    def close(self) -> None:
+        """Flushes and lets go."""
+
+
+class MetricLog:
+    """One stage's metrics, written to metrics.jsonl and TensorBoard always, to Weights & Biases when asked.
+
+    Args:
+        run_dir: the run's folder.
+        stage: name of the stage.
+        tracking: where else metrics go.
+        last_iteration: the iteration the stage resumes after; later rows of the stage are removed, so that the file has
+            each iteration once. -1: the stage starts, and has no rows.
+        settings: the stage's settings, for the trackers that show them.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        stage: str,
+        tracking: schema.Tracking,
+        *,
+        last_iteration: int = -1,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._stage = stage
+        self._path = run_dir / FILE
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _drop_rows_after(self._path, stage, last_iteration)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._trackers: list[Tracker] = [_TensorBoard(run_dir / "tensorboard" / stage, last_iteration)]
+        if tracking.wandb is not None:
+            self._trackers.append(_Wandb(tracking.wandb, run_dir, stage, settings or {}))
+
+    def write(self, iteration: int, metrics: Mapping[str, Any]) -> dict[str, Number]:
+        """Writes one iteration's metrics and returns them as numbers; NaN and infinity become null in the file."""
+        numbers = {name: as_number(name, value) for name, value in metrics.items()}
+        values = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        row = {"stage": self._stage, "iteration": iteration, **values}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        for tracker in self._trackers:
+            tracker.write(iteration, numbers)
+        return numbers
+
+    def sync(self) -> None:
+        """Waits until all rows are on disk; a checkpoint never knows an iteration that the file does not."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for tracker in self._trackers:
+            tracker.flush()
+
+    def close(self) -> None:
+        """Ends the log; its trackers are flushed."""
+        self.sync()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def as_number(name: str, value: Any) -> Number:
+    """Python's int or float of a number, a 0-dimensional tensor or a NumPy scalar; else TypeError names the metric."""
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, bool):
+        return int(number)
+    if not isinstance(number, int | float):
+        raise TypeError(f"metric {name}: got {type(value).__name__}, wanted one number")
+    return number
+
+
+def read_metrics(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl in order, of one stage or of all; none where there is no file."""
+    rows = (row for _, row in _rows(run_dir / FILE))
+    return [row for row in rows if stage is None or row["stage"] == stage]
+
+
+def check_tracking(tracking: schema.Tracking) -> None:
+    """InstallError where a tracker is asked for whose library is missing; to be called before anything is started."""
+    if tracking.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise _no_wandb()
+
+
+def _no_wandb() -> InstallError:
+    return InstallError(
+        "tracking.wandb: Weights & Biases is not installed; install it with  pip install 'rlhf_ray[wandb]'  "
+        "(or  pip install wandb ), or remove tracking.wandb"
+    )
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line with its row; lines that are no row are skipped (a kill can tear the last one)."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                yield line.rstrip("\n") + "\n", {**row, "stage": str(row["stage"]), "iteration": int(row["iteration"])}
+            except (ValueError, TypeError, KeyError):
+                _log.warning("%s:%d: not a row of metrics, skipped", path, number)
+
+
+def _drop_rows_after(path: Path, stage: str, iteration: int) -> None:
+    if not path.exists():
+        return
+
+    def write(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(line for line, row in _rows(path) if row["stage"] != stage or row["iteration"] <= iteration)
+
+    write_file(path, write)
+
+
+class _TensorBoard:
+    """TensorBoard's event files; on resume, TensorBoard forgets the points after the resumed iteration."""
+
+    def __init__(self, folder: Path, last_iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = last_iteration + 1 if folder.exists() else None
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=purge_step, flush_secs=10)
+
+    def write(self, iteration: int, metrics: Mapping[str, Number]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, global_step=iteration)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """Weights & Biases: one run per stage, grouped by run; a resumed stage goes on in its run."""
+
+    def __init__(self, settings: schema.Wandb, run_dir: Path, stage: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _no_wandb() from error
+        name = settings.name or run_dir.resolve().name
+        identity = hashlib.sha256(f"{run_dir.resolve()}\n{stage}\n{_created(run_dir)}".encode()).hexdigest()[:16]
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=f"{name}-{stage}",
+            group=name,
+            id=identity,
+            resume="allow",
+            dir=str(run_dir),
+            config=dict(config),
+        )
+        # Plotted over our iteration, because W&B's own step can never go back and a resumed run repeats iterations.
+        self._run.define_metric("iteration")
+        self._run.define_metric("*", step_metric="iteration")
+
+    def write(self, iteration: int, metrics: Mapping[str, Number]) -> None:
+        self._run.log({"iteration": iteration, **metrics})
+
+    def flush(self) -> None:
+        """W&B sends on its own."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _created(run_dir: Path) -> str:
+    """What tells apart two runs that had the same folder one after the other."""
+    config = run_dir / "config.yaml"
+    return str(config.stat().st_mtime_ns) if config.exists() else ""

@@ -1,0 +1,284 @@
+"""A data-parallel replica of a network in training: policy, critic, or both on one trunk.
+
+It knows no algorithm: what it minimises is an argument of `update`. However a mini-batch is cut into
+workers and micro-batches, the gradient is that of one pass over all of it.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf_ray.algorithms.language_losses import negative_log_likelihood
+from rlhf_ray.algorithms.masked import unit_count
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Batch, Sequences
+from rlhf_ray.data.packing import balance, plan_micro_batches
+from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.distributed.faults import fault
+from rlhf_ray.distributed.place import Place
+from rlhf_ray.engines.deepspeed_training import TrainingEngine, join_process_group
+from rlhf_ray.models.forward import Entropy, Layout, Outputs, forward, supports_packing
+from rlhf_ray.models.heads import Head, LanguageModel, PolicyWithValueHead, build_network, switch_off_dropout
+from rlhf_ray.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from rlhf_ray.models.saving import ModelWriter
+from rlhf_ray.shapes import SequenceFloat, TokenFloat
+from rlhf_ray.workers.objectives import Objective
+
+B = TypeVar("B", bound=Batch)
+
+_CPU_TOKENS = 512
+_GPU_TOKENS = 16384
+_SAVE_BUCKET_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Values(Batch):
+    """The critic's values.
+
+    Args:
+        values: [B, T] value before each token but the first; 0 at padding.
+        final: [B] value after the last token.
+    """
+
+    values: TokenFloat
+    final: SequenceFloat
+
+
+class Learner:
+    """One worker of a group that trains a network with DeepSpeed.
+
+    Args:
+        place: role, rank and number of workers; more than one meet at MASTER_ADDR and MASTER_PORT.
+        config: the network's section of the pipeline file; its `model` is not read.
+        model: directory or hub name of the initial model.
+        revision: revision of a hub model.
+        head: `none` for logits, `value` for a critic, `both` for a value head on the policy's trunk.
+        seed: the run's seed.
+        total_steps: optimizer steps of the whole stage, for the learning rate's schedule.
+        temperature: sampling temperature that log-probabilities speak of.
+        tokenizer: directory or hub name of the tokenizer that is saved beside the model; None: the model's own.
+        dropout: keep the model's dropout while training.
+        packing: rows end to end where the architecture allows it; off: side by side.
+        timeout_s: deadline of a collective operation.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        config: schema.Learner,
+        model: str,
+        revision: str | None,
+        head: Head,
+        seed: int,
+        total_steps: int,
+        temperature: float = 1.0,
+        tokenizer: str | None = None,
+        dropout: bool = False,
+        packing: bool = True,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        self.place = place
+        self.config = config
+        self.seed = seed
+        self.temperature = temperature
+        language_model = load_causal_lm(model, revision, config.dtype)
+        if tokenizer is None:
+            self.tokenizer = load_tokenizer(model, revision)
+        else:
+            self.tokenizer = load_tokenizer(tokenizer)
+        check_vocabulary(model, language_model.config, self.tokenizer)
+        self.layout: Layout = "packed" if packing and supports_packing(language_model) else "padded"
+        if config.activation_checkpointing:
+            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(derive_seed(seed, place.role, place.rank))
+        network = build_network(language_model, head)
+        if not dropout:
+            switch_off_dropout(network)
+        self.device = join_process_group(rank=place.rank, size=place.size, timeout_s=timeout_s)
+        self.engine = TrainingEngine(network, settings=config, device=self.device, total_steps=total_steps)
+
+    # ------------------------------------------------------------------------------- judging
+
+    def logprobs(self, sequences: Sequences, temperature: float | None = None) -> TokenFloat:
+        """[B, T] log-probability of each token of response_mask, 0 elsewhere; at the run's temperature unless told."""
+        found = torch.zeros(sequences.tokens.shape)
+        for rows, outputs in self._judge(sequences, temperature):
+            found[rows] = outputs.logprobs.float().cpu()
+        return found
+
+    def values(self, sequences: Sequences) -> Values:
+        """The critic's values of rows that it may never have seen."""
+        values, final = torch.zeros(sequences.tokens.shape), torch.zeros(len(sequences))
+        for rows, outputs in self._judge(sequences, None):
+            values[rows] = outputs.values.float().cpu()
+            final[rows] = outputs.final_values.float().cpu()
+        return Values(values, final)
+
+    def evaluate_loss(self, sequences: Sequences) -> float:
+        """Mean negative log-likelihood in nats per trained token over all rows, shared out over the workers."""
+        share = sequences.select(self._share(sequences))
+        total = 0.0
+        for rows, outputs in self._judge(share, 1.0):
+            mask = share.response_mask[rows].to(self.device)
+            total += float(negative_log_likelihood(outputs.logprobs.double(), mask)[0])
+        return self._summed([total])[0] / max(1, unit_count(sequences.response_mask, "token"))
+
+    @torch.no_grad()
+    def _judge(self, sequences: Sequences, temperature: float | None) -> Iterator[tuple[list[int], Outputs]]:
+        self.engine.train(False)
+        plan = self._micro_batches(sequences)
+        for rows in plan:
+            yield rows, self._forward(sequences.select(rows), "off", temperature)
+        if self.engine.stage == 3:
+            # Every forward pass gathers shards from all ranks, so all ranks make the same number of them.
+            for _ in range(self._most(len(plan)) - len(plan)):
+                self._forward(_filler(), "off", temperature)
+
+    # ------------------------------------------------------------------------------ learning
+
+    def update(
+        self, batch: B, objective: Objective[B], *, epochs: int, mini_batches: int, iteration: int
+    ) -> dict[str, float]:
+        """Optimizer steps over a batch that every worker holds whole -> metrics, the same on every worker.
+
+        Each epoch shuffles the rows by (seed, iteration, epoch) and cuts them into `mini_batches` steps. The metrics
+        are the objective's, as means over the mini-batches' units, and `loss`, `grad_norm`, `learning_rate`, and
+        `guard/skipped_steps`, the steps skipped because their gradient was not finite.
+
+        Args:
+            batch: rows; the objective says where their sequences are.
+            objective: what is minimised.
+            epochs: passes over the batch.
+            mini_batches: optimizer steps in each pass; fewer where the batch has fewer rows.
+            iteration: number of this iteration, for seeds.
+        """
+        poison = fault("update", role=self.place.role, rank=self.place.rank, iteration=iteration) == "nan"
+        self.engine.train(True)
+        skipped_before = self.engine.skipped_steps
+        steps: list[dict[str, float]] = []
+        for epoch in range(epochs):
+            torch.manual_seed(derive_seed(self.seed, "dropout", self.place.role, self.place.rank, iteration, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "mini_batch", iteration, epoch))
+            order = torch.randperm(len(batch), generator=generator)
+            for rows in order.tensor_split(min(mini_batches, len(batch))):
+                steps.append(self._step(batch.select(sorted(rows.tolist())), objective, poison=poison))
+        applied = [step for step in steps if math.isfinite(step["grad_norm"])] or steps
+        metrics = {name: sum(step[name] for step in applied) / len(applied) for name in applied[0]}
+        metrics["learning_rate"] = steps[-1]["learning_rate"]
+        metrics["guard/skipped_steps"] = float(self.engine.skipped_steps - skipped_before)
+        return metrics
+
+    def _step(self, batch: B, objective: Objective[B], *, poison: bool) -> dict[str, float]:
+        sequences = objective.sequences(batch)
+        units = max(1, unit_count(sequences.response_mask, objective.unit))
+        share = self._share(sequences)
+        plan = [[share[i] for i in rows] for rows in self._micro_batches(sequences.select(share))]
+        # Gradients are exchanged in every backward pass, so all ranks make the same number of them.
+        fillers = [[0]] * (self._most(len(plan)) - len(plan))
+        sums: dict[str, float] = {}
+        for number, rows in enumerate(plan + fillers):
+            counts = number < len(plan)
+            part = batch.select(rows).to(self.device)
+            outputs = self._forward(objective.sequences(part), objective.entropy, None)
+            loss, metrics = objective(outputs, part)
+            # DeepSpeed averages gradients over the ranks; the sum over them is wanted.
+            weight = self.place.size / units if counts else 0.0
+            self.engine.backward(loss * (math.nan if poison else weight))
+            for name, value in ({"loss": loss.detach()} | metrics).items():
+                sums[name] = sums.get(name, 0.0) + (float(value) if counts else 0.0)
+        norm, rate = self.engine.step()
+        names = sorted(sums)
+        means = [total / units for total in self._summed([sums[name] for name in names])]
+        return dict(zip(names, means, strict=True)) | {"grad_norm": norm, "learning_rate": rate}
+
+    def _forward(self, sequences: Sequences, entropy: Entropy, temperature: float | None) -> Outputs:
+        return forward(
+            self.engine.forward,
+            sequences,
+            layout=self.layout,
+            device=self.device,
+            temperature=self.temperature if temperature is None else temperature,
+            entropy=entropy,
+        )
+
+    def _share(self, sequences: Sequences) -> list[int]:
+        return balance(sequences.lengths().tolist(), self.place.size)[self.place.rank]
+
+    def _micro_batches(self, sequences: Sequences) -> list[list[int]]:
+        default = _GPU_TOKENS if self.device.type == "cuda" else _CPU_TOKENS
+        return plan_micro_batches(
+            sequences.lengths().tolist(),
+            max_tokens=self.config.micro_batch_tokens or default,
+            max_sequences=self.config.micro_batch_sequences,
+        )
+
+    def _most(self, number: int) -> int:
+        if self.place.size == 1:
+            return number
+        most = torch.tensor([number])
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
+    def _summed(self, numbers: Sequence[float]) -> list[float]:
+        total = torch.tensor(numbers, dtype=torch.float64)
+        if self.place.size > 1:
+            dist.all_reduce(total)
+        return [float(number) for number in total]
+
+    # ------------------------------------------------------------------------------- weights
+
+    def weights(self, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """The language model's weights by their Hugging Face names, value head excluded; every worker must iterate to the end."""
+        network = self.engine.module
+        assert isinstance(network, LanguageModel | PolicyWithValueHead), "a critic has no language model to give away"
+        return self.engine.buckets(network.language_model, bucket_bytes=bucket_bytes)
+
+    def save_model(self, path: Path) -> None:
+        """Writes a Hugging Face directory; every worker calls it, the first one writes."""
+        network = self.engine.module
+        assert isinstance(network, LanguageModel | PolicyWithValueHead), "a critic has no language model to save"
+        writer = ModelWriter(Path(path), network.language_model) if self.place.rank == 0 else None
+        for bucket in self.weights(bucket_bytes=_SAVE_BUCKET_BYTES):
+            if writer:
+                writer.add(bucket)
+        if writer:
+            writer.finish(self.tokenizer)
+        self._most(0)
+
+    def save(self, directory: Path) -> None:
+        """Writes weights, optimizer and schedule to a directory that all workers share; every worker calls it."""
+        self.engine.save(Path(directory))
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote.
+
+        Raises:
+            CheckpointError: nothing there, or written by another number of workers or ZeRO stage.
+        """
+        self.engine.load(Path(directory))
+
+    def memory(self) -> float:
+        """Peak memory in GiB: of the GPU where there is one, else of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def close(self) -> None:
+        """Frees what the engine holds."""
+        self.engine.close()
+
+
+def _filler() -> Sequences:
+    """A row of one untrained token."""
+    one = torch.ones(1, 1, dtype=torch.bool)
+    return Sequences(tokens=torch.zeros(1, 1, dtype=torch.long), attention_mask=one, response_mask=~one)

@@ -1,0 +1,161 @@
+"""What a learner minimises: a loss of algorithms/, told which outputs and which columns of the batch it reads.
+
+An objective gives sums over the rows it sees, and names the unit to divide them by; the learner divides
+once, by the count of that unit in the mini-batch over all workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from rlhf_ray.algorithms.language_losses import negative_log_likelihood
+from rlhf_ray.algorithms.masked import Unit
+from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
+from rlhf_ray.data.batches import Batch, Experience, Sequences
+from rlhf_ray.models.forward import Entropy, Outputs
+from rlhf_ray.shapes import Scalar
+
+B = TypeVar("B", bound=Batch)
+Sums = tuple[Scalar, dict[str, Scalar]]
+
+
+class Objective(Protocol[B]):
+    """A loss over the outputs of a network for rows of a batch."""
+
+    @property
+    def unit(self) -> Unit:
+        """What the sums are divided by the number of."""
+
+    @property
+    def entropy(self) -> Entropy:
+        """Whether entropies are wanted, and with a gradient."""
+
+    def sequences(self, batch: B) -> Sequences:
+        """The rows that go through the network."""
+
+    def __call__(self, outputs: Outputs, rows: B) -> Sums:
+        """(sum of the loss, sums of the metrics) over the rows; `loss` is added by the learner."""
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """PPO's policy loss, with the KL to the reference as a term of it where `kl` is given."""
+
+    loss: ClippedPolicyLoss
+    kl: KlLoss | None
+
+    def __post_init__(self) -> None:
+        assert self.kl is None or self.kl.unit == self.unit, "the KL term and the policy loss have one aggregation"
+
+    @property
+    def unit(self) -> Unit:
+        """That of the policy loss."""
+        return self.loss.unit
+
+    @property
+    def entropy(self) -> Entropy:
+        """Always reported."""
+        return "trained" if self.loss.entropy_coefficient > 0 else "reported"
+
+    def sequences(self, batch: Experience) -> Sequences:
+        """The rollouts."""
+        return batch.sequences
+
+    def __call__(self, outputs: Outputs, rows: Experience) -> Sums:
+        """Sum over the response tokens."""
+        mask = rows.sequences.response_mask
+        loss, metrics = self.loss(
+            outputs.logprobs,
+            rows.old_logprobs,
+            rows.advantages,
+            mask,
+            entropy=outputs.entropy,
+            correction=rows.correction,
+        )
+        if self.kl is None:
+            return loss, metrics
+        term = self.kl(outputs.logprobs, rows.reference_logprobs, mask)
+        return loss + term, metrics | {"kl_loss": term.detach()}
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """The critic's loss."""
+
+    loss: ValueLoss
+
+    @property
+    def unit(self) -> Unit:
+        """That of the value loss."""
+        return self.loss.unit
+
+    @property
+    def entropy(self) -> Entropy:
+        """Not read."""
+        return "off"
+
+    def sequences(self, batch: Experience) -> Sequences:
+        """The rollouts."""
+        return batch.sequences
+
+    def __call__(self, outputs: Outputs, rows: Experience) -> Sums:
+        """Sum over the response tokens."""
+        return self.loss(outputs.values, rows.values, rows.returns, rows.sequences.response_mask)
+
+
+@dataclass(frozen=True)
+class JointObjective:
+    """Policy loss plus `coefficient` times the value loss, for a value head on the policy's trunk."""
+
+    policy: PolicyObjective
+    value: ValueObjective
+    coefficient: float
+
+    def __post_init__(self) -> None:
+        assert self.policy.unit == self.value.unit, "policy and value loss have one aggregation"
+
+    @property
+    def unit(self) -> Unit:
+        """That of both losses."""
+        return self.policy.unit
+
+    @property
+    def entropy(self) -> Entropy:
+        """That of the policy's objective."""
+        return self.policy.entropy
+
+    def sequences(self, batch: Experience) -> Sequences:
+        """The rollouts."""
+        return batch.sequences
+
+    def __call__(self, outputs: Outputs, rows: Experience) -> Sums:
+        """Sum over the response tokens; the critic's metrics have `critic/` in front."""
+        policy, metrics = self.policy(outputs, rows)
+        value, of_value = self.value(outputs, rows)
+        named = {f"critic/{name}": found for name, found in of_value.items()}
+        parts = {"policy_loss": policy.detach(), "critic/loss": value.detach()}
+        return policy + self.coefficient * value, metrics | named | parts
+
+
+@dataclass(frozen=True)
+class LanguageObjective:
+    """Negative log-likelihood of the trained tokens."""
+
+    @property
+    def unit(self) -> Unit:
+        """Tokens."""
+        return "token"
+
+    @property
+    def entropy(self) -> Entropy:
+        """Not read."""
+        return "off"
+
+    def sequences(self, batch: Sequences) -> Sequences:
+        """The batch itself."""
+        return batch
+
+    def __call__(self, outputs: Outputs, rows: Sequences) -> Sums:
+        """Sum over the trained tokens."""
+        return negative_log_likelihood(outputs.logprobs, rows.response_mask)

@@ -1,0 +1,344 @@
+"""Transports with sender and receivers as threads of one process: what is sent arrives, and failures are told."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_ray.distributed import transports
+from rlhf_ray.distributed.transports import (
+    ReceivedWeights,
+    Receiver,
+    Sender,
+    SentWeights,
+    TransportSpec,
+    check_same,
+    digest,
+    open_store,
+    send_buckets,
+)
+from rlhf_ray.errors import WeightSyncError
+
+
+def make_spec(kind: str = "shared_memory", receivers: int = 1, **settings: Any) -> TransportSpec:
+    settings = {"timeout_s": 20.0, "bucket_bytes": 1 << 12} | settings
+    return TransportSpec(kind=kind, address="127.0.0.1", port=open_store(), receivers=receivers, **settings)
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "embedding": torch.randn(300, 16, generator=generator),
+        "layer.weight": torch.randn(16, 16, generator=generator).bfloat16(),
+        "layer.twin": torch.randn(16, 16, generator=generator).bfloat16(),
+        "layer.bias": torch.randn(5, generator=generator),
+        "steps": torch.tensor(7),
+        "mask": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 3),
+        "transposed": torch.randn(8, 24, generator=generator).T,
+    }
+
+
+def buckets_of(tensors: dict[str, Tensor], size: int = 2) -> list[list[tuple[str, Tensor]]]:
+    items = list(tensors.items())
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def transfer(
+    spec: TransportSpec, tensors: dict[str, Tensor], version: int = 1, sender: Sender | None = None
+) -> tuple[SentWeights, list[tuple[dict[str, Tensor], ReceivedWeights]]]:
+    def receive(rank: int) -> tuple[dict[str, Tensor], ReceivedWeights]:
+        with Receiver(spec, rank) as receiver:
+            try:
+                return dict(receiver.tensors(version)), receiver.received()
+            except WeightSyncError as error:
+                receiver.fail(f"receiver {rank}: {error}")
+                raise
+
+    with ThreadPoolExecutor() as pool:
+        arrivals = [pool.submit(receive, rank) for rank in range(spec.receivers)]
+        with Sender(spec) as own:
+            sent = send_buckets(own, version, buckets_of(tensors))
+        return sent, [arrival.result() for arrival in arrivals]
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+@pytest.mark.parametrize("receivers", [1, 2])
+def test_every_tensor_arrives_as_it_was_sent(kind: str, receivers: int) -> None:
+    tensors = weights()
+    sent, arrivals = transfer(make_spec(kind, receivers), tensors)
+    assert sent.nbytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    for arrived, received in arrivals:
+        assert list(arrived) == list(tensors)
+        for name, tensor in tensors.items():
+            assert arrived[name].dtype == tensor.dtype
+            assert torch.equal(arrived[name], tensor), name
+        check_same(sent, received, who="generator 0")
+        assert received.version == 1
+        assert received.nbytes == sent.nbytes
+
+
+def test_buckets_may_be_overwritten_once_the_next_one_is_asked_for() -> None:
+    room = torch.zeros(4)
+
+    def stream() -> Any:
+        for value in range(5):
+            room.fill_(value)
+            yield [(f"tensor{value}", room)]
+
+    spec = make_spec(bucket_bytes=64)
+    with ThreadPoolExecutor() as pool:
+        arrival = pool.submit(lambda: dict(Receiver(spec, 0).tensors(1)))
+        send_buckets(Sender(spec), 1, stream())
+    assert [tensor.tolist() for tensor in arrival.result().values()] == [[float(value)] * 4 for value in range(5)]
+
+
+def test_received_tensors_stay_when_their_bucket_is_reused() -> None:
+    # vLLM keeps a layer's tensors until the layer is complete; five buckets go through two slots.
+    tensors = {f"tensor{i}": torch.full((16,), float(i)) for i in range(5)}
+    _, [(arrived, _)] = transfer(make_spec(bucket_bytes=64), tensors)
+    assert all(torch.equal(arrived[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_one_sender_and_receiver_serve_many_transfers(kind: str) -> None:
+    spec = make_spec(kind)
+    sessions = [TransportSpec(**spec.as_dict() | {"session": number}) for number in range(3)]
+
+    def receive() -> list[ReceivedWeights]:
+        receiver, found = None, []
+        for number, session in enumerate(sessions):
+            receiver = Receiver.renewed(receiver, session, 0)
+            dict(receiver.tensors(number))
+            found.append(receiver.received())
+        return found
+
+    with ThreadPoolExecutor() as pool:
+        arrivals = pool.submit(receive)
+        sender, sent = None, []
+        for number, session in enumerate(sessions):
+            sender = Sender.renewed(sender, session)
+            sent.append(send_buckets(sender, number, buckets_of(weights(number))))
+        received = arrivals.result()
+    assert len({entry.digests["embedding"] for entry in sent}) == 3
+    for out, back in zip(sent, received, strict=True):
+        check_same(out, back, who="generator 0")
+
+
+def test_shared_memory_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(transports, "_shared_folder", lambda needed: str(tmp_path))
+    orphan = tmp_path / "rlhf_ray-weights-dead"
+    orphan.write_bytes(b"left by a sender that was killed")
+    spec = make_spec()
+    with ThreadPoolExecutor() as pool:
+        arrival = pool.submit(lambda: dict(Receiver(spec, 0).tensors(1)))
+        sender = Sender(spec)
+        send_buckets(sender, 1, buckets_of(weights()))
+        arrival.result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_segment_of_a_living_sender_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transports, "_shared_folder", lambda needed: str(tmp_path))
+    living = transports._SharedPages.create(64)
+    transports._remove_stale(str(tmp_path))
+    assert [str(path) for path in tmp_path.iterdir()] == [living.path]
+    living.close()
+
+
+def fail_time(call: Callable[[], Any]) -> tuple[str, float]:
+    start = time.monotonic()
+    with pytest.raises(WeightSyncError) as caught:
+        call()
+    return str(caught.value), time.monotonic() - start
+
+
+def test_a_failing_receiver_stops_the_sender_within_a_second() -> None:
+    spec = make_spec()
+    drained: list[int] = []
+
+    def stream() -> Any:
+        for bucket in range(20):
+            drained.append(bucket)
+            yield [(f"tensor{bucket}", torch.zeros(2000))]
+
+    def receive() -> None:
+        receiver = Receiver(spec, 0)
+        stream = receiver.tensors(1)
+        next(stream)
+        receiver.fail("generator 0: out of memory")
+
+    with ThreadPoolExecutor() as pool:
+        arrival = pool.submit(receive)
+        message, seconds = fail_time(lambda: send_buckets(Sender(spec), 1, stream()))
+        arrival.result()
+    assert "generator 0: out of memory" in message
+    assert seconds < 1.0
+    assert drained == list(range(20)), "other ranks' collectives must complete"
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_a_failing_sender_stops_the_receivers_within_a_second(kind: str) -> None:
+    spec = make_spec(kind, receivers=2)
+
+    def stream() -> Any:
+        yield [("tensor", torch.zeros(2000))]
+        raise RuntimeError("gathering failed")
+
+    with ThreadPoolExecutor() as pool:
+        arrivals = [pool.submit(lambda rank=rank: fail_time(lambda: dict(Receiver(spec, rank).tensors(1)))) for rank in (0, 1)]
+        with pytest.raises(RuntimeError, match="gathering failed"):
+            send_buckets(Sender(spec), 1, stream())
+        for arrival in arrivals:
+            message, seconds = arrival.result()
+            assert "gathering failed" in message
+            assert seconds < 2.0
+
+
+def test_a_missing_receiver_is_named_after_the_deadline() -> None:
+    spec = make_spec(receivers=2, timeout_s=0.6)
+    Receiver(spec, 0)._set("0/here/0", "1")
+    message, seconds = fail_time(lambda: Sender(spec).begin(1))
+    assert message == "weight transfer: waited 0.6 s for the receivers to come; 1 of 2 are missing"
+    assert seconds < 2.0
+
+
+def test_a_missing_sender_is_named_after_the_deadline() -> None:
+    port = open_store()
+    transports._STORES.pop(port)
+    spec = TransportSpec(kind="gloo", address="127.0.0.1", port=port, receivers=1, timeout_s=1.0)
+    message, _ = fail_time(lambda: Receiver(spec, 0))
+    assert message.startswith(f"weight transfer: no sender at 127.0.0.1:{port} within 1 s")
+
+
+def test_full_memory_is_an_error_and_not_a_bus_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(descriptor: int, start: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(transports, "_shared_folder", lambda needed: str(tmp_path))
+    with pytest.raises(WeightSyncError, match="has no 2 MiB left for two buckets .No space left on device."):
+        transports._SharedPages.create(1 << 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------ the faults
+
+
+def spoiled(monkeypatch: pytest.MonkeyPatch, action: str, version: int = 3) -> Callable[[], None]:
+    monkeypatch.setenv("RLHF_RAY_FAULT", f"sync:policy:0:{version}:{action}")
+
+    def run() -> None:
+        sent, [(_, received)] = transfer(make_spec(), weights(), version)
+        check_same(sent, received, who="generator 0")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("drop_tensor", "generator 0: tensor 'embedding' of version 3 did not arrive"),
+        ("swap_tensors", "generator 0: tensor 'layer.weight' of version 3 arrived with digest "),
+        ("corrupt", "generator 0: tensor 'embedding' of version 3 arrived with digest "),
+        ("stale_version", "weights of version 2 arrived where version 3 was announced; they are stale"),
+    ],
+)
+def test_a_spoiled_transfer_is_caught(monkeypatch: pytest.MonkeyPatch, action: str, message: str) -> None:
+    with pytest.raises(WeightSyncError) as caught:
+        spoiled(monkeypatch, action)()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("action", "check"),
+    [
+        ("drop_tensor", "check_same"),
+        ("swap_tensors", "check_same"),
+        ("corrupt", "check_same"),
+        ("stale_version", "check_version"),
+    ],
+)
+def test_without_its_check_a_spoiled_transfer_passes(monkeypatch: pytest.MonkeyPatch, action: str, check: str) -> None:
+    """Shows that the check named here, and no other, is what catches the fault."""
+
+    def let_pass(*arguments: object, **named: object) -> None:
+        return None
+
+    monkeypatch.setattr(transports, check, let_pass)
+    monkeypatch.setitem(globals(), "check_same", let_pass if check == "check_same" else check_same)
+    run = spoiled(monkeypatch, action)
+    if action == "stale_version":
+        # The receiver reports the version that it was told to expect, so nothing else would notice.
+        sent, [(_, received)] = transfer(make_spec(), weights(), 3)
+        assert (sent.version, received.version) == (3, 3)
+    else:
+        run()
+
+
+def test_a_tensor_that_was_never_sent_is_named() -> None:
+    sent = SentWeights(1, {"a": 1}, 4)
+    with pytest.raises(WeightSyncError, match="generator 1: tensor 'b' arrived, and the learner did not send it"):
+        check_same(sent, ReceivedWeights(1, {"a": 1, "b": 2}, 8), who="generator 1")
+    with pytest.raises(WeightSyncError, match="generator 1: holds version 0 of the weights, the learner sent 1"):
+        check_same(sent, ReceivedWeights(0, {"a": 1}, 4), who="generator 1")
+
+
+# ----------------------------------------------------------------------------------- the digest
+
+
+def test_digest_sees_every_byte_place_shape_and_type() -> None:
+    tensor = torch.arange(1000, dtype=torch.float32).reshape(20, 50)
+    found = {digest(tensor), digest(tensor.reshape(50, 20)), digest(tensor.view(torch.int32)), digest(tensor.T)}
+    for position in range(1000):
+        other = tensor.clone()
+        other.view(-1)[position] += 0.5
+        found.add(digest(other))
+    for left, right in [(0, 1), (3, 512), (510, 511), (17, 999), (0, 512)]:
+        other = tensor.clone().view(-1)
+        other[[left, right]] = other[[right, left]]
+        found.add(digest(other.view(20, 50)))
+    assert len(found) == 4 + 1000 + 5
+
+
+def test_digest_is_the_same_for_views_and_any_alignment() -> None:
+    room = torch.randn(10_001)
+    for start in range(4):
+        assert digest(room[start : start + 4097]) == digest(room[start : start + 4097].clone())
+    assert digest(room[:600].view(20, 30).T) == digest(room[:600].view(20, 30).T.contiguous())
+
+
+def test_digest_of_odd_sizes() -> None:
+    assert len({digest(torch.zeros(size, dtype=torch.uint8)) for size in range(20)}) == 20
+    assert digest(torch.tensor(1.0)) != digest(torch.tensor([1.0]))
+    assert digest(torch.tensor([1, 2, 3], dtype=torch.uint8)) != digest(torch.tensor([3, 2, 1], dtype=torch.uint8))
+
+
+def test_digest_sees_rows_exchanged_across_chunks() -> None:
+    words = torch.arange(200_000, dtype=torch.int64)
+    other = words.clone()
+    other[[5, 5 + 256 * 400]] = other[[5 + 256 * 400, 5]]
+    assert digest(words) != digest(other)
+
+
+def test_ranks_without_a_sender_only_iterate() -> None:
+    seen: list[str] = []
+
+    def stream() -> Any:
+        for bucket in buckets_of(weights()):
+            seen.extend(name for name, _ in bucket)
+            yield bucket
+
+    assert send_buckets(None, 4, stream()) == SentWeights(4, {}, 0)
+    assert seen == list(weights())
+    assert threading.active_count() >= 1
+    assert isinstance(Future(), Future)

@@ -12,37 +12,25 @@ from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import dump_pipeline, save_run_config
 from rlhf_ray.config.rules import reward_names
-from rlhf_ray.data.prompts import PromptSet, check_prompts, load_prompts
-from rlhf_ray.data.texts import check_texts, load_texts, texts_for_tokenizer
+from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.data.texts import load_texts, texts_for_tokenizer
 from rlhf_ray.distributed.groups import RayGroup, WorkerGroup, gather
+from rlhf_ray.distributed.locations import choose_transport
 from rlhf_ray.distributed.placement import Cluster, Placement, RoleRequest
 from rlhf_ray.distributed.tracing import Recorder
-from rlhf_ray.engines.generation import engine_environment
+from rlhf_ray.distributed.transports import TransportSpec
+from rlhf_ray.engines.vllm_generation import engine_environment
 from rlhf_ray.models.loading import load_config, load_tokenizer, save_new_model
+from rlhf_ray.plan import check_data
 from rlhf_ray.trainers.durable import write_folder
 from rlhf_ray.trainers.metrics import check_tracking
 from rlhf_ray.trainers.ppo import KlController, PpoGroups, train_ppo
 from rlhf_ray.trainers.run import RunFolder, StageRun
 from rlhf_ray.trainers.sft import total_steps, train_sft
-from rlhf_ray.trainers.weight_sync import WeightSync
+from rlhf_ray.trainers.weight_sync import WeightSync, probe_limits
 from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.scorers import ClassifierScorer, FunctionScorer, ModelScorer, ReferenceScorer, RewardScorer
-
-
-def check_data(config: schema.Pipeline) -> dict[str, dict[str, int]]:
-    """Reads and checks every row of every stage's data, before anything is started.
-
-    Returns:
-        Rows of each stage's training and evaluation data, by stage.
-
-    Raises:
-        DataError: names file and row of the first mistake.
-    """
-    return {
-        stage.name: check_texts(stage.data) if stage.method == "sft" else check_prompts(stage.data)
-        for stage in config.stages
-    }
 
 
 def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -> None:
@@ -190,15 +178,14 @@ def _run_ppo(site: _Site, stage: schema.Ppo) -> None:
     with ExitStack() as stack:
         run = stack.enter_context(site.stage_run(stage, total=stage.iterations))
         _report(run, "train", prompts.report)
-        placement = stack.enter_context(site.cluster.reserve(_ppo_requests(stage)))
+        placement = stack.enter_context(site.cluster.reserve(_ppo_requests(stage, gpus=site.cluster.gpus)))
         groups = _start_ppo(site, stage, placement, model, max_length=_longest(stage, prompts, held_out))
         kl = _kl_controller(stage.kl)
         weights = WeightSync(
             groups.policy,
             groups.generator,
-            settings=site.config.placement,
-            generator_settings=stage.generator,
-            learner_dtype=stage.policy.dtype,
+            new_spec=lambda: _transport(site.config.placement, groups, stage.generator.tensor_parallel),
+            limits=probe_limits(stage.policy.dtype, stage.generator.dtype),
         )
         learners = {"policy": groups.policy}
         if groups.critic is not None and groups.critic is not groups.policy:
@@ -208,7 +195,7 @@ def _run_ppo(site: _Site, stage: schema.Ppo) -> None:
         run.finish()
 
 
-def _ppo_requests(stage: schema.Ppo) -> list[RoleRequest]:
+def _ppo_requests(stage: schema.Ppo, *, gpus: float) -> list[RoleRequest]:
     requests = [_learner_request("policy", stage.policy)]
     critic = stage.critic_role
     if critic is not None and critic.kind == "network":
@@ -216,7 +203,9 @@ def _ppo_requests(stage: schema.Ppo) -> list[RoleRequest]:
     if stage.kl_place != "off":
         requests.append(_request("reference", stage.reference))
     requests += [_request(f"reward/{name}", reward) for name, reward in zip(reward_names(stage), stage.reward, strict=True)]
-    requests.append(_request("generator", stage.generator, env=engine_environment(stage.generator), reuse="generator"))
+    on_gpu = bool(gpus if stage.generator.gpus is None else stage.generator.gpus)
+    environment = engine_environment(stage.generator, gpu=on_gpu)
+    requests.append(_request("generator", stage.generator, env=environment, reuse="generator"))
     return requests
 
 
@@ -299,6 +288,24 @@ def _start_reward(
         return placement.start(role, ClassifierScorer, config=settings)
     return placement.start(
         role, ModelScorer, config=settings, model=_absolute(site.model(settings.model)), policy_tokenizer=policy_tokenizer
+    )
+
+
+def _transport(settings: schema.Placement, groups: PpoGroups, tensor_parallel: int) -> TransportSpec:
+    """A fresh way from the policy's first learner to every generator."""
+    (address, port), sender, receivers = gather(
+        groups.policy.first(Learner.open_store, settings.sync_timeout_s),
+        groups.policy.first(Learner.location),
+        groups.generator.all(Generator.location),
+    )
+    kind = choose_transport(sender, receivers) if settings.transport == "auto" else settings.transport
+    return TransportSpec(
+        kind=kind,
+        address=address,
+        port=port,
+        receivers=len(receivers) * tensor_parallel,
+        timeout_s=settings.sync_timeout_s,
+        bucket_bytes=settings.bucket_mib << 20,
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from rlhf_ray.algorithms.checks import require
-from rlhf_ray.algorithms.masked import masked_fill
+from rlhf_ray.algorithms.masked import zero_outside
 from rlhf_ray.shapes import SequenceFloat, TokenFloat, TokenMask
 
 
@@ -39,7 +39,7 @@ def gae(
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         backwards.append(advantage)
     advantages = torch.stack(backwards[::-1], dim=1)
-    return masked_fill(advantages, mask), masked_fill(advantages + values, mask)
+    return zero_outside(advantages, mask), zero_outside(advantages + values, mask)
 
 
 def group_relative(sequence_rewards: SequenceFloat, *, group_size: int, divide_by_std: bool = True) -> SequenceFloat:
@@ -82,7 +82,7 @@ def reinforce_baseline(sequence_rewards: SequenceFloat, *, group_size: int) -> S
 
 def broadcast_to_tokens(advantages: SequenceFloat, mask: TokenMask) -> TokenFloat:
     """[B, T] a sequence's advantage on each token of its mask, 0 outside."""
-    return masked_fill(advantages[:, None].expand(mask.shape), mask)
+    return zero_outside(advantages[:, None].expand(mask.shape), mask)
 
 
 def _groups(sequence_rewards: SequenceFloat, group_size: int) -> torch.Tensor:

@@ -41,8 +41,8 @@ def token_logprobs_and_entropy(
         entropy_gradient: off where the entropy is only reported: it then keeps no [B, T, V] for the backward pass.
     """
     scaled = _predictions(logits, temperature)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
-        entropy = scaled.logsumexp(-1) - (scaled.softmax(-1) * scaled).sum(-1)  # H = log Z - E[logit]
+    observed = scaled if entropy_gradient else scaled.detach()
+    entropy = observed.logsumexp(-1) - (observed.softmax(-1) * observed).sum(-1)  # H = log Z - E[logit]
     return _shift(_select(scaled, tokens), starts), _shift(entropy, starts)
 
 

@@ -13,19 +13,19 @@ Unit: TypeAlias = Literal["token", "sequence"]
 Aggregation: TypeAlias = Literal["token_mean", "sequence_mean"]
 
 
-def masked_fill(x: TokenFloat, mask: TokenMask) -> TokenFloat:
+def zero_outside(x: TokenFloat, mask: TokenMask) -> TokenFloat:
     """[B, T] x inside the mask, 0 outside."""
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def masked_sum(x: TokenFloat, mask: TokenMask) -> Scalar:
     """Sum of x over the mask."""
-    return masked_fill(x, mask).sum()
+    return zero_outside(x, mask).sum()
 
 
 def masked_row_sum(x: TokenFloat, mask: TokenMask) -> SequenceFloat:
     """[B] sum of x over each row's mask: a sequence's log-probability, KL or reward."""
-    return masked_fill(x, mask).sum(1)
+    return zero_outside(x, mask).sum(1)
 
 
 def masked_mean(x: TokenFloat, mask: TokenMask) -> Scalar:
@@ -48,7 +48,7 @@ def masked_whiten(x: TokenFloat, mask: TokenMask, *, shift_mean: bool = True) ->
     """
     mean = masked_mean(x, mask)
     whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
-    return masked_fill(whitened if shift_mean else whitened + mean, mask)
+    return zero_outside(whitened if shift_mean else whitened + mean, mask)
 
 
 def token_weights(mask: TokenMask, aggregation: Aggregation, dtype: torch.dtype) -> TokenFloat:

@@ -11,7 +11,7 @@ import torch
 
 from rlhf_ray.algorithms import kl
 from rlhf_ray.algorithms.checks import require
-from rlhf_ray.algorithms.masked import Aggregation, Unit, masked_fill, token_weights, unit_of
+from rlhf_ray.algorithms.masked import Aggregation, Unit, token_weights, unit_of, zero_outside
 from rlhf_ray.shapes import Scalar, TokenFloat, TokenMask
 
 
@@ -71,9 +71,9 @@ class ClippedPolicyLoss:
             entropy: entropies of the policy's distributions.
             correction: weights from `truncated_importance_weights`; 1 where off.
         """
-        log_ratio = masked_fill(logprobs - old_logprobs, mask)
+        log_ratio = zero_outside(logprobs - old_logprobs, mask)
         ratio = log_ratio.clamp(-kl.LOG_RATIO_LIMIT, kl.LOG_RATIO_LIMIT).exp()
-        advantages, correction = masked_fill(advantages, mask), masked_fill(correction, mask)
+        advantages, correction = zero_outside(advantages, mask), zero_outside(correction, mask)
         unclipped = ratio * advantages
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantages
         objective = torch.minimum(unclipped, clipped)  # arXiv:1707.06347, eq. 7
@@ -83,7 +83,7 @@ class ClippedPolicyLoss:
             bounded = (advantages < 0) & (floor > objective)
             objective = torch.where(bounded, floor, objective)
         surrogate = -correction.detach() * objective
-        entropy = masked_fill(entropy, mask)
+        entropy = zero_outside(entropy, mask)
 
         weights = token_weights(mask, self.aggregation, logprobs.dtype)
         loss = (weights * (surrogate - self.entropy_coefficient * entropy)).sum()
@@ -125,7 +125,7 @@ class KlLoss:
 
     def __call__(self, logprobs: TokenFloat, reference_logprobs: TokenFloat, mask: TokenMask) -> Scalar:
         """coefficient times the sum of the estimator over the mask."""
-        logprobs, reference_logprobs = masked_fill(logprobs, mask), masked_fill(reference_logprobs, mask)
+        logprobs, reference_logprobs = zero_outside(logprobs, mask), zero_outside(reference_logprobs, mask)
         per_token = kl.estimator(self.estimator)(logprobs, reference_logprobs)
         return self.coefficient * (token_weights(mask, self.aggregation, logprobs.dtype) * per_token).sum()
 
@@ -164,9 +164,9 @@ class ValueLoss:
             returns: targets.
             mask: response tokens.
         """
-        values, old_values, returns = (masked_fill(x, mask) for x in (values, old_values, returns))
+        values, old_values, returns = (zero_outside(x, mask) for x in (values, old_values, returns))
         error = (values - returns).square()
-        limited = old_values + (values - old_values).clamp(-self.clip, self.clip) if self.clip > 0 else values
+        limited = values.clamp(old_values - self.clip, old_values + self.clip) if self.clip > 0 else values
         clipped_error = (limited - returns).square()
         weights = token_weights(mask, self.aggregation, values.dtype)
         loss = (weights * 0.5 * torch.maximum(error, clipped_error)).sum()  # arXiv:2005.12729, section 3
@@ -185,7 +185,7 @@ def truncated_importance_weights(
         cap: largest weight, above 0.
     """
     require(cap > 0 and math.isfinite(cap), "cap", cap, "a finite number above 0")
-    log_ratio = masked_fill(learner_logprobs - generator_logprobs, mask).detach()
+    log_ratio = zero_outside(learner_logprobs - generator_logprobs, mask).detach()
     ratio = log_ratio.clamp(-kl.LOG_RATIO_LIMIT, kl.LOG_RATIO_LIMIT).exp()
     weights = ratio.clamp(max=cap)  # arXiv:1802.01561, eq. 1: rho = min(rho-bar, pi / mu)
     return torch.where(mask, weights, 1.0), mask & (ratio > cap)

@@ -6,7 +6,7 @@ import torch
 
 from rlhf_ray.algorithms import kl
 from rlhf_ray.algorithms.checks import require
-from rlhf_ray.algorithms.masked import masked_fill
+from rlhf_ray.algorithms.masked import zero_outside
 from rlhf_ray.shapes import SequenceFloat, SequenceInt, SequenceMask, TokenFloat, TokenMask
 
 
@@ -59,7 +59,7 @@ def token_rewards(
         coefficient: weight of the KL term.
         estimator: per-token estimator of the KL.
     """
-    penalty = masked_fill(kl.estimator(estimator)(logprobs, reference_logprobs), response_mask)
+    penalty = zero_outside(kl.estimator(estimator)(logprobs, reference_logprobs), response_mask)
     position = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = response_mask & (position == last_response_index(response_mask)[:, None])
     return torch.where(last, scores[:, None], 0.0) - coefficient * penalty  # arXiv:1909.08593, eq. 2

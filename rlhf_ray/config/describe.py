@@ -171,7 +171,7 @@ def list_settings(section: type[Section], *, prefix: str = "") -> Iterator[Setti
         kind = field_kind(field)
         key = prefix + name
         nested = _nested(kind.annotation)
-        yield Setting(key, wanted(kind), _default(field), field.description or "", bool(nested))
+        yield Setting(key, wanted(kind), _default(field), field.description or "", is_section(kind.annotation))
         inside = f"{key}.*" if get_origin(kind.annotation) is tuple else key
         for member in nested:
             if len(nested) > 1:

@@ -21,7 +21,9 @@ from pydantic import ValidationError
 
 from rlhf_ray.config import describe
 from rlhf_ray.config.describe import METHODS, PIPELINE_KEYS, STAGE_KEYS, Kind
-from rlhf_ray.config.rules import KeyPath, Problem, check_rules, suggestion, without_effect
+from rlhf_ray.config.effects import without_effect
+from rlhf_ray.config.problems import KeyPath, Problem, suggestion
+from rlhf_ray.config.rules import check_rules
 from rlhf_ray.config.schema import Pipeline, Section
 from rlhf_ray.errors import ConfigError
 
@@ -72,12 +74,18 @@ def dump_pipeline(pipeline: Pipeline) -> str:
     return header + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
-def write_origin(run_dir: str | Path, *, pipeline_dir: Path) -> None:
-    """Notes in a run's folder where it was started from, for `resume`: reward functions and relative paths start there."""
+def save_run_config(pipeline: Pipeline, *, pipeline_dir: Path) -> None:
+    """Writes into the run's folder the resolved config and, for `resume`, where the run was started from."""
+    folder = Path(pipeline.run_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
     origin = {"pipeline_dir": str(pipeline_dir.resolve()), "working_directory": str(Path.cwd())}
-    file = Path(run_dir) / ORIGIN_FILE
+    _write_whole(folder / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
+    _write_whole(folder / CONFIG_FILE, dump_pipeline(pipeline))
+
+
+def _write_whole(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
@@ -128,7 +136,7 @@ class _Document:
 
     def show(self, path: KeyPath) -> str:
         """A path as it is written in an override: `ppo.sampling.temperature`."""
-        parts = [str(part) for part in path]
+        parts = _written(path, self.tree)
         stages = self.tree.get("stages")
         if len(path) > 1 and path[0] == "stages" and isinstance(path[1], int) and isinstance(stages, list):
             name = _stage_name(stages[path[1]], path[1])
@@ -154,6 +162,19 @@ class _Document:
         return ""
 
 
+def _written(path: KeyPath, tree: object) -> list[str]:
+    """A path without the list that a single entry was put in, and without the section that a plain text stands for."""
+    parts, value = [], tree
+    for position, part in enumerate(path):
+        if isinstance(value, str) and part == "path" and position > 0:
+            continue
+        if isinstance(part, int) and isinstance(value, str | dict):
+            continue
+        parts.append(str(part))
+        value = _child(value, part)
+    return parts
+
+
 def _stage_name(stage: object, index: int) -> str:
     if isinstance(stage, dict):
         name, method = stage.get("name"), stage.get("method")
@@ -177,7 +198,7 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
     (
         "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+.0123456789",
     ),
 ):
@@ -256,7 +277,7 @@ def _walk(
             if key.tag.endswith(":merge"):
                 continue
             if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
-                problems.append(Problem(path, f"line {line}: a key is not text; put it in quotes"))
+                problems.append(Problem(path, f"in line {line} a key is not text; put it in quotes"))
                 continue
             if key.value in seen:
                 lines_given = f"lines {seen[key.value]} and {line}" if line > seen[key.value] else f"line {line}"
@@ -306,7 +327,7 @@ def _override(document: _Document, override: str) -> None:
         refusal = "wanted key=value, such as seed=3 or ppo.sampling.temperature=0.7"
     else:
         try:
-            value = yaml.load(text, _Loader)
+            value = _yaml_value(text)
         except (yaml.YAMLError, ValueError) as error:
             words = _yaml_words(error) if isinstance(error, yaml.MarkedYAMLError) else str(error)
             refusal = f"the value is not valid YAML: {words}; put text with special characters in quotes"
@@ -315,6 +336,14 @@ def _override(document: _Document, override: str) -> None:
             refusal = found if isinstance(found, str) else _put(document, found, value)
     if refusal:
         document.problems.append(Problem((f"override {override!r}",), refusal))
+
+
+def _yaml_value(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _override_path(document: _Document, parts: list[str]) -> KeyPath | str:
@@ -459,16 +488,18 @@ def _child(value: Any, component: str | int) -> Any:
 def _schema_problems(error: ValidationError, document: _Document) -> list[Problem]:
     problems: list[Problem] = []
     shorts: list[Problem] = []
+    reported = {problem.path for problem in document.problems}
     for item in error.errors(include_url=False):
         spot = _locate(item["loc"], document.tree)
-        if spot.stray:
+        if spot.stray or (item["type"] == "invalid_key" and reported & {spot.path, spot.path[:-1]}):
             continue
         problem = _schema_problem(item["type"], item["input"], spot, document)
         (shorts if item["type"] == "too_short" else problems).append(problem)
     # A list whose entries are all wrong is called too short as well; its entries' own words suffice.
-    problems += [
-        short for short in shorts if not any(problem.path[: len(short.path)] == short.path for problem in problems)
-    ]
+    for short in sorted(shorts, key=lambda short: -len(short.path)):
+        told = reported | {problem.path for problem in problems}
+        if not any(path[: len(short.path)] == short.path for path in told):
+            problems.append(short)
     return list(dict.fromkeys(problems))
 
 

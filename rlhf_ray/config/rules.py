@@ -1,25 +1,22 @@
-"""What the schema cannot say: rules between settings, settings without effect, and paths that do not exist.
+"""What the schema cannot say: rules between settings, and `check`'s warnings.
 
 Every rule runs, and each has its own message. Nothing here opens a data file, imports torch or reaches the hub.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
 import importlib.util
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.machinery import PathFinder
+from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_ray.config.effects import learners, without_effect
+from rlhf_ray.config.paths import check_function, check_model_path, check_source, is_local
+from rlhf_ray.config.problems import KeyPath, Problem, is_set, suggestion
 from rlhf_ray.config.schema import (
     ClassifierReward,
     Critic,
     FunctionReward,
-    Generator,
     Learner,
     ModelReward,
     NewModel,
@@ -29,35 +26,10 @@ from rlhf_ray.config.schema import (
     Sampling,
     Section,
     Sft,
-    Source,
 )
 
-KeyPath = tuple[str | int, ...]
-
-DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
-SYNTHETIC = ("synthetic:reviews",)
-RESERVED_NAMES = ("run_dir", "seed", "placement", "tracking", "stages")
 GROUP_ESTIMATORS = ("group_relative", "leave_one_out", "reinforce_baseline")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: where, and in words what was got and what is wanted."""
-
-    path: KeyPath
-    """Where in the pipeline, such as ("stages", 0, "kl", "target")."""
-    text: str
-    """What was got, what is wanted, what to do."""
-    because: tuple[KeyPath, ...] = ()
-    """The other settings that the rule looked at."""
-
-
-def suggestion(got: object, known: Iterable[object]) -> str:
-    """`; did you mean ...?` with the nearest of the known words, or nothing."""
-    near = difflib.get_close_matches(str(got), [str(word) for word in known], n=1)
-    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
@@ -92,8 +64,8 @@ def warnings(pipeline: Pipeline) -> list[str]:
             filters = active_filters(stage.sampling)
             if filters:
                 lines.append(
-                    f"{stage.name}.sampling: {', '.join(filters)} make the generator's distribution differ from the "
-                    "policy's; the correction for it uses the filtered log-probabilities"
+                    f"{stage.name}.sampling: with {', '.join(filters)} the generator's distribution is not the "
+                    "policy's; its log-probabilities are those after the filter"
                 )
             if stage.generator.dtype == "bfloat16" and stage.correction.mode == "off":
                 lines.append(
@@ -120,31 +92,13 @@ def active_filters(sampling: Sampling) -> list[str]:
     return [name for name, on in active.items() if on]
 
 
-def is_set(section: Section, path: KeyPath) -> bool:
-    """True where the pipeline file or an override gives this key a value."""
-    value: object = section
-    for component in path:
-        if isinstance(value, Section):
-            if component not in value.model_fields_set:
-                return False
-            value = getattr(value, str(component))
-        elif isinstance(value, tuple) and isinstance(component, int):
-            value = value[component]
-        else:
-            return False
-    return value is not None
-
-
-# ------------------------------------------------------------------------------------- pipeline
-
-
 def _stage_names(pipeline: Pipeline) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for index, stage in enumerate(pipeline.stages):
         path = ("stages", index, "name")
         if not _NAME.fullmatch(stage.name):
             yield Problem(path, f"got {stage.name!r}, wanted letters, digits, `_` and `-` only: it names a folder")
-        elif stage.name in RESERVED_NAMES:
+        elif stage.name in Pipeline.model_fields:
             yield Problem(path, f"got {stage.name!r}, which is a setting of the pipeline; choose another name")
         if stage.name in first:
             yield Problem(
@@ -179,18 +133,15 @@ def _run(pipeline: Pipeline) -> Iterator[Problem]:
                     )
 
 
-# --------------------------------------------------------------------------- every kind of stage
-
-
 def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
     stage, path = pipeline.stages[index], ("stages", index)
     for key, section in _models(stage):
         yield from _model(pipeline, index, (*path, *key), section)
-    for key, learner in _learners(stage):
+    for key, learner in learners(stage):
         yield from _learner(learner, (*path, *key))
     for split in ("train", "evaluation"):
         for position, source in enumerate(getattr(stage.data, split) or ()):
-            yield from _source(source, (*path, "data", split, position))
+            yield from check_source(source, (*path, "data", split, position))
     best = stage.checkpoints.best
     if best is not None:
         known = _evaluation_metrics(stage)
@@ -220,13 +171,6 @@ def _evaluation_metrics(stage: Sft | Ppo) -> list[str]:
     if len(stage.reward) > 1:
         names += [f"{name}_mean" for name in reward_names(stage)]
     return [f"evaluation/{name}" for name in names]
-
-
-def _learners(stage: Sft | Ppo) -> list[tuple[KeyPath, Learner]]:
-    learners: list[tuple[KeyPath, Learner]] = [(("policy",), stage.policy)]
-    if isinstance(stage, Ppo) and stage.critic is not None:
-        learners.append((("critic",), stage.critic))
-    return learners
 
 
 def _learner(learner: Learner, path: KeyPath) -> Iterator[Problem]:
@@ -261,7 +205,7 @@ def _model(pipeline: Pipeline, index: int, path: KeyPath, section: Section) -> I
         if model.startswith("stage:"):
             yield from _stage_reference(pipeline, index, where, section, model.removeprefix("stage:"))
         else:
-            yield from _model_path(model, where)
+            yield from check_model_path(model, where)
     if isinstance(section, Policy) and section.tokenizer is not None:
         if isinstance(model, NewModel):
             yield Problem(
@@ -271,7 +215,7 @@ def _model(pipeline: Pipeline, index: int, path: KeyPath, section: Section) -> I
                 because=(where,),
             )
         else:
-            yield from _model_path(section.tokenizer, (*path, "tokenizer"), needs=())
+            yield from check_model_path(section.tokenizer, (*path, "tokenizer"), needs=())
 
 
 def _new_model(pipeline: Pipeline, index: int, path: KeyPath, section: Section) -> Iterator[Problem]:
@@ -319,67 +263,10 @@ def _stage_reference(pipeline: Pipeline, index: int, where: KeyPath, section: Se
         )
 
 
-def _model_path(model: str, where: KeyPath, *, needs: Sequence[str] = ("config.json",)) -> Iterator[Problem]:
-    """What is certainly wrong with a model's name; `org/name` may be on the hub and is left to the stage's start."""
-    if not model.strip():
-        yield Problem(where, "got an empty text, wanted a directory or a hub name")
-        return
-    path = Path(model)
-    if model.startswith("~"):
-        yield Problem(where, f"got {model!r}, wanted a path without `~`: {path.expanduser()}")
-    elif path.is_dir():
-        missing = [name for name in needs if not (path / name).is_file()]
-        if missing:
-            yield Problem(
-                where, f"got {model!r}, a directory without {missing[0]}; wanted a Hugging Face model directory"
-            )
-    elif path.exists():
-        yield Problem(where, f"got {model!r}, a file; wanted a Hugging Face model directory")
-    elif _is_local(model):
-        yield Problem(where, f"got {model!r}, but there is no such directory{_nearest(path)}")
-
-
-def _is_local(name: str) -> bool:
-    """True where a name can only be a path: hub names are `name` or `org/name`."""
-    return name.startswith((".", "/")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
-
-
-def _nearest(path: Path) -> str:
-    """The nearest name beside a path that does not exist, or the first of its parents that is missing."""
-    parent = path.parent
-    if not parent.is_dir():
-        while not parent.parent.is_dir() and parent != parent.parent:
-            parent = parent.parent
-        return f" (there is no {parent}; relative paths start at {Path.cwd()})"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
-    if near:
-        return f"; did you mean `{parent / near[0]}`?"
-    return "" if path.is_absolute() else f" (relative paths start at {Path.cwd()})"
-
-
-def _source(source: Source, path: KeyPath) -> Iterator[Problem]:
-    where, name = (*path, "path"), source.path
-    if not name.strip():
-        yield Problem(where, "got an empty text, wanted a data file, a directory, or a hub name")
-        return
-    if name.startswith("synthetic:"):
-        if name not in SYNTHETIC:
-            yield Problem(where, f"got {name!r}, wanted {' or '.join(SYNTHETIC)}{suggestion(name, SYNTHETIC)}")
-        return
-    file = Path(name)
-    if name.startswith("~"):
-        yield Problem(where, f"got {name!r}, wanted a path without `~`: {file.expanduser()}")
-    elif file.is_file():
-        if not name.endswith(DATA_ENDINGS):
-            yield Problem(where, f"got {name!r}, wanted a file that ends in {', '.join(DATA_ENDINGS)}")
-    elif not file.exists() and (_is_local(name) or name.endswith(DATA_ENDINGS)):
-        yield Problem(where, f"got {name!r}, but there is no such file{_nearest(file)}")
-
-
 def _model_warnings(stage: Sft | Ppo) -> Iterator[str]:
     for key, section in _models(stage):
         model = getattr(section, "model", None)
-        if not isinstance(model, str) or model.count("/") != 1 or _is_local(model) or Path(model).exists():
+        if not isinstance(model, str) or model.count("/") != 1 or is_local(model) or Path(model).exists():
             continue
         if Path(model).parent.is_dir():
             where = ".".join(map(str, key))
@@ -387,9 +274,6 @@ def _model_warnings(stage: Sft | Ppo) -> Iterator[str]:
                 f"{where}.model: there is a folder {Path(model).parent}/ here but no {model}, so it is taken for a hub "
                 f"name; write ./{model} for the folder"
             )
-
-
-# ------------------------------------------------------------------------------------------ sft
 
 
 def _sft(stage: Sft, path: KeyPath) -> Iterator[Problem]:
@@ -405,9 +289,6 @@ def _sft(stage: Sft, path: KeyPath) -> Iterator[Problem]:
             f"got {stage.batch_size}, wanted at least one sequence for each of {stage.policy.workers} policy workers",
             because=((*path, "policy", "workers"),),
         )
-
-
-# ------------------------------------------------------------------------------------------ ppo
 
 
 def _ppo(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
@@ -525,7 +406,7 @@ def _batches(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
             because=sizes,
         )
         return
-    for role, learner in _learners(stage):
+    for role, learner in learners(stage):
         if isinstance(learner, Critic) and learner.kind == "value_head":
             continue
         if learner.workers > samples // stage.mini_batches:
@@ -572,7 +453,7 @@ def _context(pipeline: Pipeline, index: int, stage: Ppo) -> Iterator[Problem]:
         maker = names.index(model.removeprefix("stage:"))
         seen.append(("stages", maker, "policy", "model"))
         model = pipeline.stages[maker].policy.model
-    if not isinstance(model, NewModel):
+    if not isinstance(model, NewModel) or maker == index:
         return
     lengths = stage.data.prompt_length
     prompt = lengths.max if lengths is not None else stage.data.max_prompt_tokens
@@ -585,9 +466,6 @@ def _context(pipeline: Pipeline, index: int, stage: Ppo) -> Iterator[Problem]:
             f"holds {model.max_length} (max_length in its stage); lower one of them",
             because=((*path, *name.split(".")), *seen, (*seen[-1], "max_length")),
         )
-
-
-# -------------------------------------------------------------------------------------- rewards
 
 
 def _rewards(stage: Ppo, path: KeyPath, pipeline_dir: Path) -> Iterator[Problem]:
@@ -607,202 +485,4 @@ def _rewards(stage: Ppo, path: KeyPath, pipeline_dir: Path) -> Iterator[Problem]
         if reward.weight == 0:
             yield Problem((*where, "weight"), "got 0, so this reward has no effect; remove it or give it a weight")
         if isinstance(reward, FunctionReward):
-            yield from _function(reward, where, pipeline_dir)
-
-
-def _function(reward: FunctionReward, where: KeyPath, pipeline_dir: Path) -> Iterator[Problem]:
-    own = [key for key in ("prompts", "responses", "answers") if key in reward.arguments]
-    if own:
-        yield Problem(
-            (*where, "arguments", own[0]),
-            f"{own[0]} is what every reward function gets; give the argument another name",
-        )
-    at = (*where, "function")
-    if not _FUNCTION.fullmatch(reward.function):
-        yield Problem(at, f"got {reward.function!r}, wanted `module:function`, such as `rewards:score`")
-        return
-    module, _, function = reward.function.partition(":")
-    file = find_module(module, pipeline_dir)
-    if file is None:
-        beside = [entry.stem for entry in pipeline_dir.glob("*.py")] if pipeline_dir.is_dir() else []
-        yield Problem(
-            at,
-            f"got {reward.function!r}, but there is no module {module!r} beside the pipeline file ({pipeline_dir}) "
-            f"or on the Python path{suggestion(module, beside)}",
-        )
-    elif file.suffix == ".py":
-        yield from _function_in(file, function, at)
-
-
-def find_module(module: str, pipeline_dir: Path) -> Path | None:
-    """The file of a module, looked up beside the pipeline file and then on the Python path, without importing it.
-
-    For a package or a built-in module without a file, the folder where it was looked up.
-    """
-    first, *rest = module.split(".")
-    spec = PathFinder.find_spec(first, [str(pipeline_dir), *sys.path])
-    for part in rest:
-        if spec is None or spec.submodule_search_locations is None:
-            return None
-        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
-    if spec is None:
-        return pipeline_dir if module in sys.builtin_module_names else None
-    return Path(spec.origin) if spec.origin else pipeline_dir
-
-
-def _function_in(file: Path, function: str, at: KeyPath) -> Iterator[Problem]:
-    try:
-        body = ast.parse(file.read_bytes()).body
-    except (SyntaxError, ValueError) as error:
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        yield Problem(at, f"{file}{line} is not valid Python: {getattr(error, 'msg', error)}")
-        return
-    names: set[str] = set()
-    for statement in body:
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
-            names.add(statement.name)
-        elif not isinstance(statement, ast.Expr | ast.Pass):
-            # A class, an assignment, an import, an `if`: whatever it binds may be called.
-            if any(isinstance(node, ast.alias) and node.name == "*" for node in ast.walk(statement)):
-                return
-            names |= {name for node in ast.walk(statement) for name in _bound(node)}
-    if function not in names and "__getattr__" not in names:
-        yield Problem(at, f"there is no function {function!r} in {file}{suggestion(function, sorted(names))}")
-
-
-def _bound(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.alias):
-        return [(node.asname or node.name).split(".")[0]]
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        return [node.id]
-    return [node.name] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else []
-
-
-# ----------------------------------------------------------------------- settings without effect
-
-
-def without_effect(pipeline: Pipeline) -> list[Problem]:
-    """Every setting that this pipeline never reads, whether it is given or not."""
-    found: list[Problem] = []
-    for index, stage in enumerate(pipeline.stages):
-        for keys, reason, causes in _silent(stage):
-            path: KeyPath = ("stages", index)
-            text = f"has no effect {reason}; remove it"
-            because = tuple((*path, *_split(cause)) for cause in causes)
-            found += [Problem((*path, *_split(key)), text, because) for key in keys]
-    return found
-
-
-def _split(key: str) -> KeyPath:
-    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
-
-
-_Silent = tuple[Sequence[str], str, Sequence[str]]
-
-
-def _silent(stage: Sft | Ppo) -> Iterator[_Silent]:
-    """Keys without effect, why, and the keys that make it so."""
-    if stage.data.evaluation is None:
-        yield ["evaluation"], "without data.evaluation", ["data.evaluation"]
-    for role, learner in _learners(stage):
-        if isinstance(learner, Critic) and learner.kind == "value_head":
-            continue
-        yield from _silent_learner(str(role[0]), learner)
-    for split in ("train", "evaluation"):
-        yield from _silent_sources(getattr(stage.data, split) or (), f"data.{split}")
-    if isinstance(stage, Ppo):
-        yield from _silent_ppo(stage)
-
-
-def _silent_learner(role: str, learner: Learner) -> Iterator[_Silent]:
-    if learner.zero == 0:
-        yield [f"{role}.cpu_offload"], f"with {role}.zero 0 (it needs ZeRO 1, 2 or 3)", [f"{role}.zero"]
-    if learner.optimizer.schedule == "constant":
-        cause = f"{role}.optimizer.schedule"
-        yield [f"{role}.optimizer.final_ratio"], f"while {cause} is constant", [cause]
-    yield from _silent_revision(role, learner.model)
-
-
-def _silent_revision(role: str, model: str | NewModel | None) -> Iterator[_Silent]:
-    causes = [f"{role}.model"]
-    if model is None:
-        yield [f"{role}.revision"], f"without {role}.model", causes
-    elif isinstance(model, NewModel):
-        yield [f"{role}.revision"], "on a fresh model", causes
-    elif model.startswith("stage:"):
-        yield [f"{role}.revision"], "on the result of a stage", causes
-    elif _is_local(model) or Path(model).is_dir():
-        yield [f"{role}.revision"], f"on a local directory ({model})", causes
-
-
-def _silent_sources(sources: Sequence[Source], key: str) -> Iterator[_Silent]:
-    if len(sources) == 1:
-        yield [f"{key}.0.weight"], "on a single source", [key]
-    for position, source in enumerate(sources):
-        name = f"{key}.{position}"
-        if source.path.startswith("synthetic:"):
-            yield [f"{name}.subset", f"{name}.revision"], "on a synthetic corpus", [f"{name}.path"]
-        elif source.path.endswith(DATA_ENDINGS):
-            keys = [f"{name}.split", f"{name}.subset", f"{name}.revision"]
-            yield keys, f"on a file ({source.path})", [f"{name}.path"]
-        elif _is_local(source.path) or Path(source.path).is_dir():
-            yield [f"{name}.subset", f"{name}.revision"], f"on a directory ({source.path})", [f"{name}.path"]
-
-
-def _silent_ppo(stage: Ppo) -> Iterator[_Silent]:
-    estimator = stage.advantages.estimator
-    cause = ["advantages.estimator"]
-    if estimator != "gae":
-        keys = ["advantages.gamma", "advantages.lam", "advantages.bootstrap_truncated"]
-        yield keys, f"with {estimator} (gae only)", cause
-        yield ["value_loss"], f"with {estimator}: there is no critic", cause
-    if estimator != "group_relative":
-        yield ["advantages.divide_by_std"], f"with {estimator} (group_relative only)", cause
-    yield from _silent_critic(stage)
-    yield from _silent_kl(stage)
-    yield from _silent_revision("reference", stage.reference.model)
-    for position, reward in enumerate(stage.reward):
-        if not isinstance(reward, FunctionReward):
-            yield from _silent_revision(f"reward.{position}", reward.model)
-    yield from _silent_generator(stage.generator)
-    if stage.old_logprobs == "generator":
-        reason = "with old_logprobs: generator, where there is no difference to correct"
-        yield ["correction"], reason, ["old_logprobs"]
-    elif stage.correction.mode == "off":
-        yield ["correction.cap"], "while correction.mode is off", ["correction.mode"]
-    elif stage.correction.mode == "auto" and stage.generator.dtype == "float32":
-        reason = "while correction.mode is auto and the generator runs in float32 (set the mode to on to use it)"
-        yield ["correction.cap"], reason, ["correction.mode", "generator.dtype"]
-    if stage.data.prompt_length is not None:
-        reason = "with data.prompt_length, which cuts every prompt"
-        yield ["data.too_long"], reason, ["data.prompt_length"]
-    if stage.evaluation.temperature == 0 and stage.data.evaluation is not None:
-        reason = "while evaluation.temperature is 0: greedy samples of a prompt are all the same"
-        yield ["evaluation.samples_per_prompt"], reason, ["evaluation.temperature"]
-
-
-def _silent_critic(stage: Ppo) -> Iterator[_Silent]:
-    critic = stage.critic
-    if critic is not None and critic.kind == "value_head":
-        own = [key for key in Critic.model_fields if key != "kind"]
-        reason = "on a value head, which shares the policy's network (set it under policy)"
-        yield [f"critic.{key}" for key in own], reason, ["critic.kind"]
-    elif stage.advantages.estimator == "gae":
-        reason = "unless critic.kind is value_head: a critic of its own has its own learning rate"
-        yield ["value_loss.coefficient"], reason, ["critic"]
-
-
-def _silent_kl(stage: Ppo) -> Iterator[_Silent]:
-    if stage.kl_place == "off":
-        own = [f"kl.{key}" for key in type(stage.kl).model_fields if key != "place"]
-        yield ["reference", *own], "while kl.place is off", ["kl.place"]
-    elif stage.kl.controller == "fixed":
-        yield ["kl.target", "kl.horizon"], "while kl.controller is fixed", ["kl.controller"]
-
-
-def _silent_generator(generator: Generator) -> Iterator[_Silent]:
-    if generator.engine == "hf":
-        keys = ["kv_cache_gib", "memory_share", "prefix_caching", "compile"]
-        yield [f"generator.{key}" for key in keys], "with the hf engine (vllm only)", ["generator.engine"]
-    elif generator.gpus == 0:
-        yield ["generator.memory_share"], "with generator.gpus 0", ["generator.gpus"]
+            yield from check_function(reward, where, pipeline_dir)

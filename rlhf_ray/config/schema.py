@@ -587,12 +587,14 @@ class Placement(Section):
     transport: Literal["auto", "shared_memory", "gloo", "nccl", "cuda_ipc"] = "auto"
     """How weights travel from learner to generators; auto: shared_memory on one CPU node, gloo across nodes, cuda_ipc
     on one GPU, nccl across GPUs."""
-    bucket_mib: Count = 256
+    bucket_mib: Count = 64
     """Size of the buckets that weights travel in."""
     start_timeout_s: Positive = 300.0
     """Deadline for reserving resources and starting workers."""
     call_timeout_s: Positive = 3600.0
     """Deadline of every call to a worker."""
+    sync_timeout_s: Positive = 300.0
+    """Deadline of every wait within a transfer of weights."""
 
 
 class Wandb(Section):

@@ -39,7 +39,7 @@ class Table:
         name: the source as messages name it.
         unit: separates name and number in a place: ":" for lines of a text file, ": row " elsewhere.
         columns: the columns that are there (of JSON lines: those of the first row).
-        read: gives (number, row) for the wanted columns; a row may lack a column only in JSON lines.
+        read: gives (number, row) with at least the wanted columns; only in JSON lines may a row lack one.
     """
 
     name: str
@@ -178,7 +178,7 @@ def _json_lines(name: str, path: Path) -> Table:
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{name}:{number}: wanted one JSON object per line, got {describe(row)}.")
-            yield number, {column: row[column] for column in wanted if column in row} if wanted else row
+            yield number, row
 
     first = next(read(()), None)
     if first is None:

@@ -120,7 +120,8 @@ class Rollouts(Batch):
 
     Args:
         sequences: prompts and responses.
-        generator_logprobs: [B, T] log-probability under the distribution the engine sampled from; 0 outside response_mask.
+        generator_logprobs: [B, T] log-probability under the distribution the engine sampled from; 0 outside
+            response_mask.
         finished: [B] ended by an end-of-sequence token or a stop string, not by the length limit.
         prompts: B prompt texts.
         responses: B response texts, special tokens and stop strings removed.
@@ -165,7 +166,8 @@ class Experience(Batch):
 def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> TokenIds:
     """B lists of integers -> [B, T] int64, right-padded with `value`."""
     longest = max((len(row) for row in rows), default=0)
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), longest)
+    padded = [[*row, *[value] * (longest - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long).reshape(len(rows), longest)
 
 
 def make_sequences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Sequences:

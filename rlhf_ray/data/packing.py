@@ -13,21 +13,24 @@ from torch import Tensor
 from rlhf_ray.data.batches import Sequences
 
 
-def plan_micro_batches(lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None) -> list[list[int]]:
+def plan_micro_batches(
+    lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None, padded: bool = False
+) -> list[list[int]]:
     """Rows grouped so that no group has more than max_tokens tokens or max_sequences rows; longest rows first.
 
     Every row is in exactly one group; a row longer than max_tokens has a group to itself. Rows of one group are of
-    similar length.
+    similar length. With `padded` a row counts as long as the longest of its group.
     """
     groups: list[list[int]] = []
     filled = 0
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        full = not groups or filled + lengths[row] > max_tokens or len(groups[-1]) == max_sequences
+        cost = lengths[groups[-1][0] if padded and groups else row]
+        full = not groups or filled + cost > max_tokens or len(groups[-1]) == max_sequences
         if full:
             groups.append([])
             filled = 0
         groups[-1].append(row)
-        filled += lengths[row]
+        filled += lengths[groups[-1][0] if padded else row]
     return groups
 
 

@@ -109,6 +109,12 @@ class PromptSet:
         """Number of prompts in use."""
         return len(self.ids)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        longest = max(len(tokens) for tokens in self.tokens)
+        return longest if self.length is None else min(longest, self.length.max)
+
     def batch(self, iteration: int, count: int) -> Prompts:
         """The iteration-th (from 0) batch of `count` prompts of the endless stream; depends on seed and iteration only.
 

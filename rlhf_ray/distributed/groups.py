@@ -241,21 +241,23 @@ class LocalGroup(Generic[W]):
 
 
 class RayPending(Pending[T]):
-    """The answers of some workers of a RayGroup, on their way."""
+    """The answers of some workers of a RayGroup, on their way.
+
+    Args:
+        calls: the calls, in rank order.
+        combine: the workers' results -> the result.
+        finish: takes the spans of the answered calls; None when nobody waits for them any longer.
+    """
 
     def __init__(
         self,
         calls: Sequence[Call],
         combine: Callable[[list[Any]], T],
-        *,
-        recorder: Recorder,
-        failed: Callable[[], None],
+        finish: Callable[[Sequence[Span] | None], None],
     ) -> None:
         self._calls = list(calls)
         self._combine = combine
-        self._recorder = recorder
-        self._failed = failed
-        self._number = recorder.begin(calls[0].role, calls[0].method)
+        self._finish = finish
         self._value: list[T] = []
 
     def result(self) -> T:
@@ -274,16 +276,16 @@ class RayPending(Pending[T]):
     def collect(self, replies: Sequence[Reply]) -> None:
         if self._value:
             return
-        spans = [
-            Span(call.role, call.rank, call.method, reply.start, reply.end)
-            for call, reply in zip(self._calls, replies, strict=True)
-        ]
-        self._recorder.finish(self._number, spans)
+        self._finish(
+            [
+                Span(call.role, call.rank, call.method, reply.start, reply.end)
+                for call, reply in zip(self._calls, replies, strict=True)
+            ]
+        )
         self._value.append(self._combine([reply.value for reply in replies]))
 
     def abandon(self) -> None:
-        self._recorder.finish(self._number)
-        self._failed()
+        self._finish(None)
 
 
 class RayGroup(Generic[W]):
@@ -294,7 +296,7 @@ class RayGroup(Generic[W]):
         collective: the workers call each other (torch.distributed), so a split gives each of them a call.
         timeout_s: deadline of a call, counted from the moment somebody waits for it.
         built: what the hosts answered to `build`; the result of `ready`.
-        release: ends the actors, or keeps them for the next group; told whether the workers are healthy.
+        release: ends the actors, or keeps them for the next group; told whether all calls were answered.
     """
 
     def __init__(
@@ -315,7 +317,7 @@ class RayGroup(Generic[W]):
         self._timeout_s = timeout_s
         self._recorder = recorder
         self._release: Callable[[bool], None] | None = release
-        self._healthy = True
+        self._under_way: set[int] = set()
         self._processes = [call.process for call in built]
         self.ready: Pending[None] = self._pending(built, lambda _: None)
 
@@ -356,7 +358,9 @@ class RayGroup(Generic[W]):
     def close(self) -> None:
         release, self._release = self._release, None
         if release is not None:
-            release(self._healthy)
+            release(not self._under_way)
+            for number in self._under_way:
+                self._recorder.finish(number)
 
     def _store(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with each batch put into the object store, once for all workers."""
@@ -381,7 +385,12 @@ class RayGroup(Generic[W]):
         )
 
     def _pending(self, calls: Sequence[Call], combine: Callable[[list[Any]], T]) -> Pending[T]:
-        return RayPending(calls, combine, recorder=self._recorder, failed=self._mark_failed)
+        number = self._recorder.begin(self.role, calls[0].method)
+        self._under_way.add(number)
 
-    def _mark_failed(self) -> None:
-        self._healthy = False
+        def finish(spans: Sequence[Span] | None) -> None:
+            self._recorder.finish(number, spans or ())
+            if spans is not None:
+                self._under_way.discard(number)
+
+        return RayPending(calls, combine, finish)

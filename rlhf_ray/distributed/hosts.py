@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import sys
@@ -14,13 +15,14 @@ from ray import cloudpickle
 
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.rendezvous import Meeting, environment
-from rlhf_ray.distributed.supervision import Failure, Reply, capture
+from rlhf_ray.distributed.supervision import STACK_SIGNAL, Failure, Reply, capture
 
 
 class Host:
     """Holds one worker; single-threaded, so calls run in the order in which they were sent."""
 
     def __init__(self) -> None:
+        faulthandler.register(STACK_SIGNAL, all_threads=False)
         self._worker: Any = None
         self._failure: Failure | None = None
         self._meeting: Meeting | None = None

@@ -45,9 +45,9 @@ W = TypeVar("W")
 _SMALL_MACHINE = 32 << 30
 _SMALL_OBJECT_STORE = 1 << 30
 _LARGE_BLOCK = str(256 << 20)
-_IDLE_HOSTS = 4
-_CLOSE_HEALTHY_S = 10.0
-_CLOSE_FAILED_S = 2.0
+_IDLE_HOSTS = 2
+_CLOSE_IDLE_S = 10.0
+_CLOSE_BUSY_S = 2.0
 _GONE_S = 10.0
 _CONNECT_S = 5.0
 # What workers take over from the driver's environment. Never a secret: these values can be read in Ray's own logs.
@@ -129,7 +129,7 @@ def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, m
     fixed = sum(request.workers * request.cpus for request in requests if request.cpus is not None)
     unset = sum(request.workers for request in requests if request.cpus is None)
     left = capacity.free_cpus - fixed
-    each = 1.0 if unset <= left else math.floor(100 * left / unset + 1e-6) / 100
+    each = 1.0 if unset <= left else math.floor(100 * left / max(unset, 1) + 1e-6) / 100
     if each < 0.01:
         each = 1.0  # nothing to share: the need for whole cores is what is waited for, or reported
     shares = {
@@ -140,10 +140,10 @@ def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, m
         needs = {request.role: request.workers * _of(shares[request.role], name) for request in requests}
         together = sum(needs.values())
         if together > (total if may_wait else free) + 1e-6:
-            asked = ", ".join(f"{role} needs {_count(need, name)}" for role, need in needs.items() if need)
-            summed = f" ({_count(together, name)} together)" if len(needs) > 1 else ""
+            asked = [f"{role} needs {_count(need, name)}" for role, need in needs.items() if need]
+            summed = f" ({_count(together, name)} together)" if len(asked) > 1 else ""
             raise PlacementError(
-                f"{asked}{summed}; {free:g} of {total:g} are free. "
+                f"{', '.join(asked)}{summed}; {free:g} of {total:g} are free. "
                 f"Ask for fewer workers, or set {name.lower()}s to a fraction so that workers share one"
             )
     _fit_nodes(requests, shares, capacity.nodes, strategy)
@@ -384,6 +384,12 @@ class Cluster:
         """HOST:PORT, for other processes to join."""
         return str(ray.get_runtime_context().gcs_address)
 
+    @property
+    def gpus(self) -> float:
+        """GPUs of the whole cluster."""
+        assert _connection is not None, "the cluster is not open"
+        return _connection.capacity().gpus
+
     def reserve(self, requests: Sequence[RoleRequest]) -> Placement:
         """Room for all roles at once, in one placement group (roles with `reuse` apart).
 
@@ -526,7 +532,7 @@ class Placement:
             timeout_s=self._call_timeout_s,
             recorder=self._recorder,
             built=built,
-            release=lambda healthy: self._finish(seats, healthy=healthy),
+            release=lambda idle: self._finish(seats, idle=idle),
         )
         self._groups.append(group)
         return group
@@ -565,10 +571,10 @@ class Placement:
         )
         return replace(seat, host=host, process=host.process.remote(), env=env, reuse=request.reuse)
 
-    def _finish(self, seats: Sequence[_Seat], *, healthy: bool) -> None:
+    def _finish(self, seats: Sequence[_Seat], *, idle: bool) -> None:
         """Lets the workers close, keeps the hosts that are to be used again, ends the others."""
         drops = [seat.host.drop.remote() for seat in seats]
-        ray.wait(drops, num_returns=len(drops), timeout=_CLOSE_HEALTHY_S if healthy else _CLOSE_FAILED_S)
+        ray.wait(drops, num_returns=len(drops), timeout=_CLOSE_IDLE_S if idle else _CLOSE_BUSY_S)
         ended = []
         for seat, drop in zip(seats, drops, strict=True):
             if seat.reuse is not None and _succeeded(drop):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 import traceback
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from rlhf_ray.errors import RlhfRayError, UserError, WorkerError
 
 _LAST_LINES = 20
 _LAST_BYTES = 8192
+_STACK_S = 0.3
+STACK_SIGNAL = signal.SIGUSR2
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,12 @@ def _answer(call: Call) -> Reply:
     except GetTimeoutError:
         raise _late([call], time.monotonic() - call.timeout_s) from None
     except RayTaskError as error:
-        raise WorkerError(f"{call.where}: {error.cause}\n{error.traceback_str}") from None
+        trace = str(error).strip()
+        raise WorkerError(f"{call.where}: {trace.splitlines()[-1]}\n{trace}") from None
     except OutOfMemoryError as error:
         raise WorkerError(f"{call.where}: the machine ran out of memory, and Ray ended the worker\n{error}") from None
     except RayActorError as error:
-        raise WorkerError(f"{call.where}: the worker died\n{error}{_last_lines(call)}") from None
+        raise WorkerError(f"{call.where}: the worker died: {_cause(error)}{_last_lines(call)}") from None
     except RayError as error:
         raise WorkerError(f"{call.where}: {type(error).__name__}: {error}") from None
     assert isinstance(reply, Reply), reply
@@ -136,18 +141,55 @@ def _late(calls: Sequence[Call], start: float) -> WorkerError:
     return WorkerError(
         f"{late.where}: no answer within {late.timeout_s:g} s ({late.setting}; waited {time.monotonic() - start:.1f} s)"
         + (f"; also without an answer: {', '.join(others)}" if others else "")
+        + _stack(late)
     )
+
+
+def _stack(call: Call) -> str:
+    """Where the late worker is, as its process writes it on request; for one on this machine."""
+    process = _local_process(call)
+    if process is None:
+        return ""
+    pid, log = process
+    try:
+        before = log.stat().st_size
+        os.kill(pid, STACK_SIGNAL)
+        time.sleep(_STACK_S)
+        text = log.read_bytes()[before:].decode(errors="replace").strip()
+    except OSError:
+        return ""
+    return f"\nIt is here. {text}" if text else ""
+
+
+def _cause(error: RayActorError) -> str:
+    """Ray's sentence on why the process ended, without the ids before it and the guesses after it."""
+    text = str(error)
+    _, found, reason = text.partition("The actor is dead because ")
+    return (reason if found else text).partition(" Some common causes include")[0].strip()
 
 
 def _last_lines(call: Call) -> str:
     """The end of the dead worker's standard error, where it lies on this machine."""
-    if call.process is None:
+    process = _local_process(call)
+    if process is None:
         return ""
     try:
-        address, _, path = ray.get(call.process, timeout=0)
-        if path is None or address != ray.util.get_node_ip_address():
-            return ""
-        lines = Path(path).read_bytes()[-_LAST_BYTES:].decode(errors="replace").splitlines()[-_LAST_LINES:]
-    except (RayError, OSError):
+        text = process[1].read_bytes()[-_LAST_BYTES:].decode(errors="replace")
+    except OSError:
         return ""
+    # Ray begins each log with lines of its own, such as `:job_id:01000000`.
+    lines = [line for line in text.splitlines() if not line.startswith(":")][-_LAST_LINES:]
     return "\nIts last lines:\n" + "\n".join(lines) if lines else ""
+
+
+def _local_process(call: Call) -> tuple[int, Path] | None:
+    """The worker's process id and the file of its standard error; None where it runs elsewhere, or never started."""
+    if call.process is None:
+        return None
+    try:
+        address, pid, log = ray.get(call.process, timeout=0)
+    except RayError:
+        return None
+    if log is None or address != ray.util.get_node_ip_address():
+        return None
+    return pid, Path(log)

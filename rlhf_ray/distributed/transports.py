@@ -19,6 +19,7 @@ import hashlib
 import json
 import mmap
 import os
+import socket
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -38,7 +39,7 @@ from rlhf_ray.errors import WeightSyncError
 
 TransportKind: TypeAlias = Literal["shared_memory", "gloo", "nccl", "cuda_ipc"]
 
-_POLL_S = 0.25
+_LONGEST_PAUSE_S = 0.005
 _ALIGN = 64
 _ROW_WORDS = 256
 _CHUNK_WORDS = 1 << 15
@@ -69,6 +70,21 @@ class TransportSpec:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for calls that take nothing else."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a sender or receiver stands.
+
+    Args:
+        address: host name or address of its machine, as others reach it.
+        node: the same for two processes that share memory, and different otherwise.
+        gpus: identities of the GPUs that it uses; none on a CPU.
+    """
+
+    address: str
+    node: str
+    gpus: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -247,30 +263,28 @@ class _Side:
     def _await(self, keys: list[str], what: str) -> None:
         """Waits until all keys are there; raises when the other side failed or the deadline passed."""
         deadline = time.monotonic() + self.spec.timeout_s
+        pause = 0.0001
         while True:
             with self._in_words(what):
-                try:
-                    self._store.wait(keys, timedelta(seconds=_POLL_S))
+                if self._store.check(keys):
                     return
-                except dist.DistStoreError:
-                    failed = self._store.check([self._key("error")])
+                failed = self._store.check([self._key("error")])
             if failed:
                 raise WeightSyncError(f"weight transfer stopped: {self._get(self._key('error'))}")
             if time.monotonic() > deadline:
                 absent = [key for key in keys if not self._store.check([key])]
                 raise WeightSyncError(
-                    f"weight transfer: waited {self.spec.timeout_s:g} s for {what}; {len(absent)} of {len(keys)} are missing"
+                    f"weight transfer: waited {self.spec.timeout_s:g} s for {what}; "
+                    f"{len(absent)} of {len(keys)} are missing"
                 )
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     @contextlib.contextmanager
     def _in_words(self, what: str) -> Iterator[None]:
         try:
             yield
-        except dist.DistStoreError:
-            raise
         except (RuntimeError, OSError) as error:
-            if isinstance(error, WeightSyncError):
-                raise
             raise WeightSyncError(
                 f"weight transfer: {what}: the other side's process is gone ({_first_line(error)})"
             ) from error
@@ -342,6 +356,8 @@ class Sender(_Side):
         while True:
             slot = self._open_slot()
             length = min(flat.numel() - start, slot.numel() - self._filled)
+            assert self._wire is not None
+            self._wire.reserve(self._bucket, self._filled, length)
             slot[self._filled : self._filled + length].copy_(flat[start : start + length])
             self._pieces.append({**common, "start": start, "at": self._filled, "length": length})
             self._filled += -(-length // _ALIGN) * _ALIGN
@@ -422,7 +438,8 @@ class Receiver(_Side):
             )
         except RuntimeError as error:
             raise WeightSyncError(
-                f"weight transfer: no sender at {spec.address}:{spec.port} within {spec.timeout_s:g} s ({_first_line(error)})"
+                f"weight transfer: no sender at {spec.address}:{spec.port} within {spec.timeout_s:g} s "
+                f"({_first_line(error)})"
             ) from error
         super().__init__(spec, store)
         self.rank = rank
@@ -528,6 +545,49 @@ def open_store(timeout_s: float = 300.0) -> int:
     return int(store.port)
 
 
+def this_endpoint(*, gpus: int = 1) -> Endpoint:
+    """Where this process stands.
+
+    Args:
+        gpus: GPUs that it uses; the first ones that it sees.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    host = socket.gethostname()
+    seen = range(min(gpus, torch.cuda.device_count()) if torch.cuda.is_available() else 0)
+    return Endpoint(
+        address=os.environ.get("MASTER_ADDR") or _own_address(),
+        node=f"{host}/{boot.read_text().strip() if boot.exists() else ''}",
+        gpus=tuple(str(torch.cuda.get_device_properties(device).uuid) for device in seen),
+    )
+
+
+def choose_kind(sender: Endpoint, receivers: Sequence[Endpoint]) -> TransportKind:
+    """The fastest way from the sender to all receivers."""
+    everyone = [sender, *receivers]
+    gpus = [gpu for endpoint in everyone for gpu in endpoint.gpus]
+    if all(endpoint.gpus for endpoint in everyone):
+        if set(gpus) == {sender.gpus[0]}:
+            return "cuda_ipc"
+        if len(set(gpus)) == len(gpus):
+            return "nccl"
+    return "shared_memory" if {endpoint.node for endpoint in everyone} == {sender.node} else "gloo"
+
+
+def sender_address(sender: Endpoint, receivers: Sequence[Endpoint]) -> str:
+    """Host at which the receivers find the sender's store."""
+    return "127.0.0.1" if all(receiver.node == sender.node for receiver in receivers) else sender.address
+
+
+def _own_address() -> str:
+    """This machine's address on the way out; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
 def _master_store(spec: TransportSpec) -> TCPStore:
     if spec.port not in _STORES:
         try:
@@ -561,13 +621,15 @@ class _Wire(ABC):
     def slot(self, bucket: int) -> Tensor:
         """The sender's buffer for a bucket, uint8."""
 
+    def reserve(self, bucket: int, start: int, length: int) -> None:  # noqa: B027
+        """Makes sure that these bytes of the sender's buffer can be written."""
+
     def description(self) -> Any:
         """What a receiver needs to attach, as JSON."""
         return None
 
-    def before_publish(self) -> None:
+    def before_publish(self) -> None:  # noqa: B027
         """The sender's bytes must be in place when this returns."""
-        return None
 
     @abstractmethod
     def publish(self, bucket: int, nbytes: int) -> None:
@@ -577,9 +639,8 @@ class _Wire(ABC):
     def fetch(self, bucket: int, nbytes: int) -> Tensor:
         """The receiver's view of a bucket, uint8, valid until it says `taken`."""
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027
         """Every receiver is attached and has taken everything."""
-        return None
 
     @abstractmethod
     def close(self) -> None:
@@ -595,6 +656,7 @@ class _SharedPages(_Wire):
         self.path = path
         self._slot_bytes = slot_bytes
         self._descriptor = descriptor
+        self._reserved = [0, 0]
         self._pages: mmap.mmap | None = mmap.mmap(descriptor, 2 * slot_bytes)
         self._flat = torch.frombuffer(self._pages, dtype=torch.uint8)
 
@@ -605,14 +667,7 @@ class _SharedPages(_Wire):
         _remove_stale(folder)
         descriptor, path = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            os.posix_fallocate(descriptor, 0, 2 * slot_bytes)
-        except OSError as error:
-            os.unlink(path)
-            raise WeightSyncError(
-                f"weight transfer: {folder} has no {2 * slot_bytes >> 20} MiB left for two buckets ({error.strerror}); "
-                "free some, or give the container a larger /dev/shm"
-            ) from error
+        os.ftruncate(descriptor, 2 * slot_bytes)
         return cls(path, descriptor, slot_bytes)
 
     @classmethod
@@ -630,6 +685,20 @@ class _SharedPages(_Wire):
     def slot(self, bucket: int) -> Tensor:
         start = bucket % 2 * self._slot_bytes
         return self._flat[start : start + self._slot_bytes]
+
+    def reserve(self, bucket: int, start: int, length: int) -> None:
+        # Pages that memory has no room for would kill the process when written to; small models take few of them.
+        missing = start + length - self._reserved[bucket % 2]
+        if missing <= 0:
+            return
+        try:
+            os.posix_fallocate(self._descriptor, bucket % 2 * self._slot_bytes + self._reserved[bucket % 2], missing)
+        except OSError as error:
+            raise WeightSyncError(
+                f"weight transfer: no room for {missing} more bytes of a bucket in {Path(self.path).parent} "
+                f"({error.strerror}); free some, give the container a larger /dev/shm, or lower placement.bucket_mib"
+            ) from error
+        self._reserved[bucket % 2] += missing
 
     def description(self) -> dict[str, Any]:
         return {"path": self.path, "slot_bytes": self._slot_bytes}

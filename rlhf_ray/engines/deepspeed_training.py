@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from rlhf_ray.config import schema
 from rlhf_ray.errors import CheckpointError
@@ -45,7 +46,7 @@ def join_process_group(*, rank: int, size: int, timeout_s: float) -> torch.devic
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.HashStore() if size == 1 else None,
+            store=HashStore() if size == 1 else None,
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout_s),
@@ -112,7 +113,10 @@ class TrainingEngine:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             self._engine: Any = _deepspeed().initialize(
-                model=module, optimizer=optimizer, config=_config(settings, self.stage, module), dist_init_required=False
+                model=module,
+                optimizer=optimizer,
+                config=_config(settings, self.stage, module),
+                dist_init_required=False,
             )[0]
         self._engine.checkpoint_engine.load = _load_safely
 
@@ -138,7 +142,8 @@ class TrainingEngine:
     def step(self) -> tuple[float, float]:
         """One optimizer step over the gradients gathered so far -> (gradient norm before clipping, learning rate).
 
-        A gradient that is not finite skips the step (weights and moments stay) and counts in `skipped_steps`; the norm is then nan.
+        A gradient that is not finite skips the step (weights and moments stay) and counts in `skipped_steps`; the norm
+        is then nan.
         """
         rate = learning_rate(self.settings.optimizer, step=self.steps, total_steps=self.total_steps)
         for group in self._engine.optimizer.param_groups:
@@ -158,28 +163,26 @@ class TrainingEngine:
     def _step_unsharded(self) -> float:
         # At stage 0 DeepSpeed neither reports a norm nor looks for overflow, so both are done here.
         self._engine.buffered_allreduce_fallback(elements_per_buffer=_REDUCE_ELEMENTS)
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
+        learnt = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in learnt if p.grad is not None])
+        if not bool(norm.isfinite()):
             self._engine.zero_grad()
-            return norm
+            return math.nan
         clip = self.settings.optimizer.gradient_clip
         if clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for p in self.module.parameters() if p.grad is not None], clip, torch.tensor(norm, device=self.device)
-            )
+            torch.nn.utils.clip_grads_with_norm_(learnt, clip, norm)
         self._engine.enable_backward_allreduce = False
         self._engine.step()
-        return norm
+        return float(norm)
 
     def buckets(self, root: nn.Module, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """The weights of `root` (a part of the network) under its state-dict names, in buckets of about bucket_bytes.
 
-        Every rank must iterate to the end; each gets the full tensors, gathered one bucket at a time, valid until the next one.
+        Every rank must iterate to the end; each gets the full tensors, gathered one bucket at a time, valid until the
+        next one.
         Tied weights come under each of their names, because receivers that pack weights do not see ties.
         """
-        owned = dict(root.named_parameters(remove_duplicate=False))
-        owned |= dict(root.named_buffers(remove_duplicate=False))
+        owned: dict[str, Tensor] = {**dict(root.named_parameters(remove_duplicate=False)), **dict(root.named_buffers())}
         names = [name for name in root.state_dict() if name in owned]
         bucket: list[str] = []
         filled = 0
@@ -221,7 +224,8 @@ class TrainingEngine:
             path, client = self._engine.load_checkpoint(str(directory), tag=_TAG)
         except Exception as error:
             raise CheckpointError(
-                f"{directory}: this learner state does not fit (ZeRO stage {self.stage}, {dist.get_world_size()} ranks): {error}"
+                f"{directory}: this learner state does not fit ZeRO stage {self.stage} "
+                f"and {dist.get_world_size()} workers: {error}"
             ) from error
         if path is None:
             raise CheckpointError(f"{directory}: the learner state is incomplete")
@@ -233,7 +237,10 @@ class TrainingEngine:
 
 
 def effective_stage(settings: schema.Learner) -> int:
-    """ZeRO stage that is run: bfloat16 takes at least 2, where DeepSpeed accumulates in float32 and still checks for overflow."""
+    """ZeRO stage that is run: at least 2 with bfloat16.
+
+    Below it DeepSpeed either accumulates gradients in bfloat16 or takes steps that are not finite.
+    """
     return max(settings.zero, 2) if settings.dtype == "bfloat16" else settings.zero
 
 
@@ -242,8 +249,8 @@ def _numel(parameter: Tensor) -> int:
 
 
 def _config(settings: schema.Learner, stage: int, module: nn.Module) -> dict[str, Any]:
-    # DeepSpeed allocates whole buckets, so a small model gets small ones.
-    elements = min(_REDUCE_ELEMENTS, max(1, sum(parameter.numel() for parameter in module.parameters())))
+    # DeepSpeed allocates whole buckets, so a small model gets small ones; their size must be even.
+    elements = min(_REDUCE_ELEMENTS, 2 * math.ceil(sum(parameter.numel() for parameter in module.parameters()) / 2))
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,

@@ -50,7 +50,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """
     with _plain_words(name, revision, "tokenizer"):
         tokenizer = cast(
-            PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(_local(name), revision=revision, trust_remote_code=False)
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(_local(name), revision=revision, trust_remote_code=False),
         )
     if len(tokenizer) == 0:
         raise ConfigError(f"{name}: no tokenizer found; give a tokenizer's directory or hub name under `tokenizer`")
@@ -99,9 +100,11 @@ def load_classifier(
 
 
 def eos_token_ids(
-    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None, generation: GenerationConfig | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig | None = None,
+    generation: GenerationConfig | None = None,
 ) -> tuple[int, ...]:
-    """Every id that ends a sequence, sorted: of the tokenizer, of config.json and of generation_config.json (some have several)."""
+    """Every id that ends a sequence, sorted: the tokenizer's, config.json's and generation_config.json's."""
     found: set[int] = set()
     for value in (
         tokenizer.eos_token_id,
@@ -254,7 +257,7 @@ def _plain_words(name: str, revision: str | None, what: str) -> Iterator[None]:
             raise ConfigError(f"{name}: no config.json in this directory; wanted a Hugging Face model directory")
     try:
         yield
-    except (OSError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError) as error:
+    except (OSError, ValueError, hub_errors.HfHubHTTPError) as error:
         raise ConfigError(_explain(name, revision, what, path.is_dir(), error)) from error
 
 

@@ -26,7 +26,16 @@ from typing import Any
 
 from rlhf_ray.config import schema
 from rlhf_ray.errors import CheckpointError
-from rlhf_ray.trainers.durable import PARTIAL, REPLACED, remove_folder, sync_path, sync_tree, write_folder, write_text
+from rlhf_ray.trainers.durable import (
+    PARTIAL,
+    REPLACED,
+    recover_folder,
+    remove_folder,
+    sync_path,
+    sync_tree,
+    write_folder,
+    write_text,
+)
 
 Json = Any
 MANIFEST = "manifest.json"
@@ -132,9 +141,9 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Removes what an interrupted write left behind; called once, before the first write."""
-        for path in self.folder.glob("iteration_*"):
+        for path in sorted(self.folder.glob("iteration_*")):
             if path.suffix in (PARTIAL, REPLACED):
-                remove_folder(path)
+                recover_folder(path.with_suffix(""))
 
     def write(self, state: RunState, save_parts: Callable[[Path], None]) -> CheckpointHandle:
         """Writes the checkpoint of `state.iteration` and removes the ones that are no longer kept.
@@ -212,7 +221,7 @@ class Checkpoints:
         for iteration in set(self._iterations()) - set(iterations[-self.keep :]):
             path = self.folder / folder_name(iteration)
             # Renamed first: a kill while files are being deleted must not leave a folder that looks like a checkpoint.
-            leaving = path.rename(path.with_name(path.name + REPLACED))
+            leaving = path.rename(path.with_name(path.name + PARTIAL))
             remove_folder(leaving)
         sync_path(self.folder)
 

@@ -68,7 +68,7 @@ def train_ppo(
     """Runs the iterations that are left, each ending with synced, attested weights."""
     weights.sync(version=run.iteration)
     if run.iteration == 0:
-        run.record(evaluate_prompts(config, groups, held_out, iteration=0, run=run))
+        run.record(evaluate(config, groups, held_out, run, iteration=0))
     for iteration in run.remaining():
         batch = prompts.batch(iteration - 1, config.prompts_per_iteration)
         rollouts = groups.generator.split(
@@ -84,8 +84,20 @@ def train_ppo(
         kl.update(float(summary.kl_per_sequence.mean()), len(rollouts))
         metrics |= losses | weights.sync(version=iteration)
         if run.evaluation_due(iteration, every=config.evaluation.every):
-            metrics |= evaluate_prompts(config, groups, held_out, iteration=iteration, run=run)
+            metrics |= evaluate(config, groups, held_out, run, iteration=iteration)
         run.finish_iteration(metrics)
+
+
+def evaluate(
+    config: schema.Ppo, groups: PpoGroups, held_out: PromptSet | None, run: StageRun, *, iteration: int
+) -> dict[str, float]:
+    """Metrics on the held-out prompts, whose samples are kept; none where there are no such prompts."""
+    if held_out is None:
+        return {}
+    with run.evaluating():
+        found = evaluate_prompts(config, groups.generator, groups.rewards, held_out.all())
+        run.write_evaluation(found.rollouts, iteration=iteration, scores=found.scores, parts=found.parts)
+    return found.metrics
 
 
 def gather_judgements(

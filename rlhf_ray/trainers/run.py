@@ -57,7 +57,7 @@ from rlhf_ray.trainers.checkpoints import (
     folder_name,
     result_settings,
 )
-from rlhf_ray.trainers.durable import recover_folder, write_folder, write_text
+from rlhf_ray.trainers.durable import recover_folder, remove_folder, write_folder, write_text
 from rlhf_ray.trainers.journal import read_rollouts, write_rollouts
 from rlhf_ray.trainers.metrics import FILE as METRICS
 from rlhf_ray.trainers.metrics import MetricLog, Number, read_metrics
@@ -119,6 +119,7 @@ class RunFolder:
         self.path = path
         self._lock = lock
         self._created = created
+        self._new_stages: set[Path] = set()
 
     @classmethod
     def create(cls, run_dir: str | Path, config_yaml: str) -> RunFolder:
@@ -163,6 +164,8 @@ class RunFolder:
     ) -> None:
         # A mistake in the input that shows before anything was done leaves no run behind that would have to be resumed.
         if isinstance(error, UserError) and self._created and self._untouched():
+            for stage in self._new_stages:
+                remove_folder(stage)
             (self.path / CONFIG).unlink(missing_ok=True)
         self.close()
 
@@ -179,7 +182,10 @@ class RunFolder:
 
     def stage(self, name: str) -> Path:
         """The folder of one stage."""
-        return self.path / name
+        path = self.path / name
+        if not path.exists():
+            self._new_stages.add(path)
+        return path
 
     def result(self, stage: str, *, total: int | None = None) -> StageResult | None:
         """The result of a stage; None where it is not done, or is to be prolonged to `total` iterations."""
@@ -359,10 +365,11 @@ class StageRun:
             yield self.iteration + 1
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Logs the evaluation before the first iteration, as iteration 0."""
+        """Logs the evaluation before the first iteration, as iteration 0; no metrics, no row."""
         assert self.iteration == 0, f"iteration {self.iteration}: only the state before the first is recorded like this"
-        self._log_row(0, {**metrics, **self._pending})
-        self._keep_best(0)
+        if metrics:
+            self._log_row(0, {**metrics, **self._pending})
+            self._keep_best(0)
         self._begin_iteration()
         self._stop_if_requested()
 

@@ -7,11 +7,12 @@ workers and micro-batches, the gradient is that of one pass over all of it.
 from __future__ import annotations
 
 import math
+import os
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,17 @@ from rlhf_ray.data.batches import Batch, Sequences
 from rlhf_ray.data.packing import balance, plan_micro_batches
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.distributed.faults import fault
+from rlhf_ray.distributed.locations import Location, here
 from rlhf_ray.distributed.place import Place
+from rlhf_ray.distributed.transports import (
+    Endpoint,
+    Sender,
+    SentWeights,
+    TransportSpec,
+    open_store,
+    send_buckets,
+    this_endpoint,
+)
 from rlhf_ray.engines.deepspeed_training import TrainingEngine, join_process_group
 from rlhf_ray.models.forward import Entropy, Layout, Outputs, forward, supports_packing
 from rlhf_ray.models.heads import Head, LanguageModel, PolicyWithValueHead, build_network, switch_off_dropout
@@ -67,7 +78,8 @@ class Learner:
         temperature: sampling temperature that log-probabilities speak of.
         tokenizer: directory or hub name of the tokenizer that is saved beside the model; None: the model's own.
         dropout: keep the model's dropout while training.
-        packing: rows end to end where the architecture allows it; off: side by side.
+        packing: rows end to end where the architecture allows it; off: rows of similar length side by side, which is
+            faster unless attention skips what lies between packed rows.
         timeout_s: deadline of a collective operation.
     """
 
@@ -84,13 +96,14 @@ class Learner:
         temperature: float = 1.0,
         tokenizer: str | None = None,
         dropout: bool = False,
-        packing: bool = True,
+        packing: bool = False,
         timeout_s: float = 1800.0,
     ) -> None:
         self.place = place
         self.config = config
         self.seed = seed
         self.temperature = temperature
+        self._sender: Sender | None = None
         language_model = load_causal_lm(model, revision, config.dtype)
         if tokenizer is None:
             self.tokenizer = load_tokenizer(model, revision)
@@ -220,6 +233,7 @@ class Learner:
             sequences.lengths().tolist(),
             max_tokens=self.config.micro_batch_tokens or default,
             max_sequences=self.config.micro_batch_sequences,
+            padded=self.layout == "padded",
         )
 
     def _most(self, number: int) -> int:
@@ -238,10 +252,32 @@ class Learner:
     # ------------------------------------------------------------------------------- weights
 
     def weights(self, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The language model's weights by their Hugging Face names, value head excluded; every worker must iterate to the end."""
+        """The language model's weights by their Hugging Face names; every worker must iterate to the end."""
         network = self.engine.module
         assert isinstance(network, LanguageModel | PolicyWithValueHead), "a critic has no language model to give away"
         return self.engine.buckets(network.language_model, bucket_bytes=bucket_bytes)
+
+    def endpoint(self) -> Endpoint:
+        """Where this worker stands."""
+        return this_endpoint()
+
+    def location(self) -> Location:
+        """Where the weights lie."""
+        return here()
+
+    def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """Opens the store that a transfer of weights is arranged through, in this process; its address and port."""
+        return os.environ.get("MASTER_ADDR", "localhost"), open_store(timeout_s)
+
+    def send_weights(self, spec: TransportSpec, version: int) -> SentWeights:
+        """Sends the language model's weights to the generators; every worker calls it, the first one sends.
+
+        Raises:
+            WeightSyncError: a receiver failed, or a deadline passed.
+        """
+        if self.place.rank == 0:
+            self._sender = Sender.renewed(self._sender, spec)
+        return send_buckets(self._sender, version, self.weights(bucket_bytes=spec.bucket_bytes), role=self.place.role)
 
     def save_model(self, path: Path) -> None:
         """Writes a Hugging Face directory; every worker calls it, the first one writes."""
@@ -275,6 +311,8 @@ class Learner:
 
     def close(self) -> None:
         """Frees what the engine holds."""
+        if self._sender is not None:
+            self._sender.close()
         self.engine.close()
 
 

@@ -16,7 +16,7 @@ from rlhf_ray.data.batches import Batch, Experience, Sequences
 from rlhf_ray.models.forward import Entropy, Outputs
 from rlhf_ray.shapes import Scalar
 
-B = TypeVar("B", bound=Batch)
+B = TypeVar("B", bound=Batch, contravariant=True)
 Sums = tuple[Scalar, dict[str, Scalar]]
 
 

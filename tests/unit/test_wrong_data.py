@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from rlhf_ray.config.schema import PromptData, TextData
 from rlhf_ray.data.prompts import check_prompts
 from rlhf_ray.data.texts import check_texts, texts_for_tokenizer
@@ -20,7 +21,6 @@ PROMPTS = {
     "null_prompt.jsonl": (":1", "column 'prompt' is null", "wanted a string"),
     "invalid_json.jsonl": (":2", "not valid JSON", "Expecting ',' delimiter", '"A dog"'),
     "not_an_object.jsonl": (":2", "wanted one JSON object per line", "a list"),
-    "cut_gzip.jsonl.gz": (":81", "the gzip stream is broken or cut here"),
     "not_gzip.jsonl.gz": ("", "not a gzip file"),
     "not_utf8.jsonl": (":2", "not UTF-8", "0xe9"),
     "ragged.csv": (":3", "got 3 fields, wanted 2", "'prompt', 'response'"),
@@ -42,7 +42,12 @@ PROMPTS = {
 }
 TEXTS = {
     "empty_response.jsonl": (":2", "column 'response' is empty"),
-    "no_text_form.jsonl": ("", "no column 'response'", "did you mean 'respons'?", "'messages'; or 'prompt' and 'response'; or 'text'"),
+    "no_text_form.jsonl": (
+        "",
+        "no column 'response'",
+        "did you mean 'respons'?",
+        "Wanted columns: 'messages'; or 'prompt' and 'response'; or 'text'",
+    ),
     "last_not_assistant.jsonl": (":1", "role 'user'", "wanted the assistant's last"),
     "number_prompt.jsonl": (":3", "column 'prompt' is a number (7)"),
 }  # fmt: skip
@@ -74,8 +79,13 @@ def test_wrong_texts(name: str) -> None:
         texts_for_tokenizer(TextData(train=path))
 
 
+def test_a_cut_gzip_file_is_named_with_the_line_where_it_ends() -> None:
+    with pytest.raises(DataError, match=r"cut_gzip.jsonl.gz:\d+: the gzip stream is broken or cut here"):
+        check_prompts(PromptData(train=str(CORPUS / "cut_gzip.jsonl.gz")))
+
+
 def test_the_corpus_has_no_file_without_a_test() -> None:
-    known = {*PROMPTS, *TEXTS, "null_answer.jsonl", "too_long.jsonl"}
+    known = {*PROMPTS, *TEXTS, "cut_gzip.jsonl.gz", "null_answer.jsonl", "too_long.jsonl"}
     assert {path.name for path in CORPUS.iterdir()} <= known
 
 

@@ -5,7 +5,6 @@ import torch
 
 from rlhf_ray.algorithms.masked import (
     explained_variance,
-    masked_fill,
     masked_mean,
     masked_row_sum,
     masked_sum,
@@ -14,6 +13,7 @@ from rlhf_ray.algorithms.masked import (
     token_weights,
     unit_count,
     unit_of,
+    zero_outside,
 )
 
 X = torch.tensor([[1.0, 2.0, 99.0], [3.0, math.nan, 6.0]], dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_whitening_equal_values_gives_zeros() -> None:
 def test_an_empty_mask_gives_zeros() -> None:
     assert masked_mean(X, NOTHING).item() == 0.0
     assert masked_var(X, NOTHING).item() == 0.0
-    assert masked_fill(X, NOTHING).tolist() == [[0.0] * 3] * 2
+    assert zero_outside(X, NOTHING).tolist() == [[0.0] * 3] * 2
     assert unit_count(NOTHING, "token") == unit_count(NOTHING, "sequence") == 0
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ from torch import Tensor
 
 from rlhf_ray.distributed import transports
 from rlhf_ray.distributed.transports import (
+    Endpoint,
     ReceivedWeights,
     Receiver,
     Sender,
     SentWeights,
     TransportSpec,
     check_same,
+    choose_kind,
     digest,
     open_store,
     send_buckets,
+    sender_address,
+    this_endpoint,
 )
 from rlhf_ray.errors import WeightSyncError
 
@@ -195,7 +199,9 @@ def test_a_failing_sender_stops_the_receivers_within_a_second(kind: str) -> None
         raise RuntimeError("gathering failed")
 
     with ThreadPoolExecutor() as pool:
-        arrivals = [pool.submit(lambda rank=rank: fail_time(lambda: dict(Receiver(spec, rank).tensors(1)))) for rank in (0, 1)]
+        arrivals = [
+            pool.submit(lambda rank=rank: fail_time(lambda: dict(Receiver(spec, rank).tensors(1)))) for rank in (0, 1)
+        ]
         with pytest.raises(RuntimeError, match="gathering failed"):
             send_buckets(Sender(spec), 1, stream())
         for arrival in arrivals:
@@ -220,15 +226,60 @@ def test_a_missing_sender_is_named_after_the_deadline() -> None:
     assert message.startswith(f"weight transfer: no sender at 127.0.0.1:{port} within 1 s")
 
 
-def test_full_memory_is_an_error_and_not_a_bus_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_full_memory_is_an_error_and_not_a_bus_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, start: int, length: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(transports, "_shared_folder", lambda needed: str(tmp_path))
-    with pytest.raises(WeightSyncError, match="has no 2 MiB left for two buckets .No space left on device."):
-        transports._SharedPages.create(1 << 20)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(
+        WeightSyncError, match=r"no room for 19200 more bytes .* \(No space left on device\); free some"
+    ):
+        transfer(make_spec(bucket_bytes=1 << 20), weights())
+
+
+def test_a_small_model_takes_little_shared_memory() -> None:
+    wire = transports._SharedPages.create(256 << 20)
+    wire.reserve(0, 0, 5000)
+    wire.reserve(0, 2000, 1000)
+    wire.reserve(1, 0, 100)
+    assert os.stat(wire.path).st_blocks * 512 <= 4 * mmap.PAGESIZE
+    assert os.stat(wire.path).st_size == 512 << 20
+    wire.close()
+
+
+# ----------------------------------------------------------------------------- choosing the wire
+
+
+@pytest.mark.parametrize(
+    ("sender", "receivers", "kind"),
+    [
+        ("a", ["a", "a"], "shared_memory"),
+        ("a", ["a", "b"], "gloo"),
+        ("a:0", ["a:0"], "cuda_ipc"),
+        ("a:0", ["a:0", "a:0"], "cuda_ipc"),
+        ("a:0", ["a:1", "b:2"], "nccl"),
+        ("a:0", ["a:1,2", "a:3,4"], "nccl"),
+        ("a:0", ["a:0", "a:1"], "shared_memory"),
+        ("a:0", ["a:0", "b:1"], "gloo"),
+        ("a", ["a:0"], "shared_memory"),
+        ("a:0", ["b"], "gloo"),
+    ],
+)
+def test_choice_of_the_wire(sender: str, receivers: list[str], kind: str) -> None:
+    def endpoint(text: str) -> Endpoint:
+        node, _, gpus = text.partition(":")
+        return Endpoint(address=f"host-{node}", node=node, gpus=tuple(gpus.split(",")) if gpus else ())
+
+    ends = [endpoint(text) for text in receivers]
+    assert choose_kind(endpoint(sender), ends) == kind
+    near = all(text.startswith("a") for text in receivers)
+    assert sender_address(endpoint(sender), ends) == ("127.0.0.1" if near else "host-a")
+
+
+def test_two_processes_of_a_machine_stand_at_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
+    assert this_endpoint() == this_endpoint()
+    assert this_endpoint().address == "10.0.0.7"
 
 
 # ------------------------------------------------------------------------------------ the faults
@@ -287,7 +338,7 @@ def test_without_its_check_a_spoiled_transfer_passes(monkeypatch: pytest.MonkeyP
 
 def test_a_tensor_that_was_never_sent_is_named() -> None:
     sent = SentWeights(1, {"a": 1}, 4)
-    with pytest.raises(WeightSyncError, match="generator 1: tensor 'b' arrived, and the learner did not send it"):
+    with pytest.raises(WeightSyncError, match=r"generator 1: tensor 'b' arrived, and the learner did not send it"):
         check_same(sent, ReceivedWeights(1, {"a": 1, "b": 2}, 8), who="generator 1")
     with pytest.raises(WeightSyncError, match="generator 1: holds version 0 of the weights, the learner sent 1"):
         check_same(sent, ReceivedWeights(0, {"a": 1}, 4), who="generator 1")
@@ -340,5 +391,3 @@ def test_ranks_without_a_sender_only_iterate() -> None:
 
     assert send_buckets(None, 4, stream()) == SentWeights(4, {}, 0)
     assert seen == list(weights())
-    assert threading.active_count() >= 1
-    assert isinstance(Future(), Future)

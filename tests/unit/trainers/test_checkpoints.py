@@ -94,7 +94,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_kill_at_any_step_leaves_an_intact_newest(tmp_path, monkeypatch, overwrite):
-    """Dies at the n-th sync, rename or removal, for every n; the newest is then the old or the new one, never neither."""
+    """Dies at the n-th sync, rename or removal, for every n: the newest is then the old or the new one."""
     steps = {"left": 0}
     step_names = [(Path, "rename"), (Path, "replace"), (durable, "sync_path"), (durable.shutil, "rmtree")]
     originals = {(owner, name): getattr(owner, name) for owner, name in step_names}
@@ -199,7 +199,7 @@ def test_when_all_are_broken_nothing_starts_from_scratch(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.write(state(1), parts())
     flip(tmp_path / "iteration_000001")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is intact"):
         checkpoints.newest()
 
 

@@ -32,7 +32,7 @@ def test_pandas_reads_what_a_person_wants_to_see(tmp_path):
     assert frame["response"].tolist() == rollouts().responses
     assert frame["score"].tolist() == [0.5, -1.0, 2.0]
     assert frame["score_lexicon"].tolist() == [1.0, -2.0, 4.0]
-    assert frame["kl"].round(3).tolist() == [0.1, 0.2, 0.3]
+    assert frame["kl"].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert frame["length"].tolist() == [3, 1, 2]
     assert frame["finished"].tolist() == [True, False, True]
     assert frame["policy_version"].tolist() == [7, 7, 7]

@@ -66,11 +66,12 @@ def make_rollouts(
 # Reference
 
 
+@pytest.mark.parametrize("budget", [40, 512])
 @pytest.mark.parametrize("name", ["policy", "gpt2"])
-def test_reference_gives_the_log_softmax_of_the_scaled_logits(models: SimpleNamespace, name: str) -> None:
+def test_reference_gives_the_log_softmax_of_the_scaled_logits(models: SimpleNamespace, name: str, budget: int) -> None:
     path = getattr(models, name)
     rollouts = make_rollouts(path)
-    scorer = ReferenceScorer(PLACE, config=schema.Reference(micro_batch_tokens=40), model=path)
+    scorer = ReferenceScorer(PLACE, config=schema.Reference(micro_batch_tokens=budget), model=path)
     found = scorer.logprobs(rollouts.sequences, 0.5)
 
     network = AutoModelForCausalLM.from_pretrained(path).eval()

@@ -1,0 +1,144 @@
+"""Settings that have no effect in a pipeline; given all the same, they are errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rlhf_ray.config.paths import DATA_ENDINGS, is_local
+from rlhf_ray.config.problems import KeyPath, Problem
+from rlhf_ray.config.schema import Critic, FunctionReward, Generator, Learner, NewModel, Pipeline, Ppo, Sft, Source
+
+_Silent = tuple[Sequence[str], str, Sequence[str]]
+
+
+def without_effect(pipeline: Pipeline) -> list[Problem]:
+    """Every setting that this pipeline never reads, whether it is given or not."""
+    found: list[Problem] = []
+    for index, stage in enumerate(pipeline.stages):
+        for keys, reason, causes in _silent(stage):
+            path: KeyPath = ("stages", index)
+            text = f"has no effect {reason}; remove it"
+            because = tuple((*path, *_split(cause)) for cause in causes)
+            found += [Problem((*path, *_split(key)), text, because) for key in keys]
+    return found
+
+
+def _split(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+
+
+def _silent(stage: Sft | Ppo) -> Iterator[_Silent]:
+    """Keys without effect, why, and the keys that make it so."""
+    if stage.data.evaluation is None:
+        yield ["evaluation"], "without data.evaluation", ["data.evaluation"]
+    for role, learner in learners(stage):
+        if isinstance(learner, Critic) and learner.kind == "value_head":
+            continue
+        yield from _silent_learner(str(role[0]), learner)
+    for split in ("train", "evaluation"):
+        yield from _silent_sources(getattr(stage.data, split) or (), f"data.{split}")
+    if isinstance(stage, Ppo):
+        yield from _silent_ppo(stage)
+
+
+def _silent_learner(role: str, learner: Learner) -> Iterator[_Silent]:
+    if learner.zero == 0:
+        yield [f"{role}.cpu_offload"], f"with {role}.zero 0 (it needs ZeRO 1, 2 or 3)", [f"{role}.zero"]
+    if learner.optimizer.schedule == "constant":
+        cause = f"{role}.optimizer.schedule"
+        yield [f"{role}.optimizer.final_ratio"], f"while {cause} is constant", [cause]
+    yield from _silent_revision(role, learner.model)
+
+
+def _silent_revision(role: str, model: str | NewModel | None) -> Iterator[_Silent]:
+    causes = [f"{role}.model"]
+    if model is None:
+        yield [f"{role}.revision"], f"without {role}.model", causes
+    elif isinstance(model, NewModel):
+        yield [f"{role}.revision"], "on a fresh model", causes
+    elif model.startswith("stage:"):
+        yield [f"{role}.revision"], "on the result of a stage", causes
+    elif is_local(model) or Path(model).is_dir():
+        yield [f"{role}.revision"], f"on a local directory ({model})", causes
+
+
+def _silent_sources(sources: Sequence[Source], key: str) -> Iterator[_Silent]:
+    if len(sources) == 1:
+        yield [f"{key}.0.weight"], "on a single source", [key]
+    for position, source in enumerate(sources):
+        name = f"{key}.{position}"
+        if source.path.startswith("synthetic:"):
+            yield [f"{name}.subset", f"{name}.revision"], "on a synthetic corpus", [f"{name}.path"]
+        elif source.path.endswith(DATA_ENDINGS):
+            keys = [f"{name}.split", f"{name}.subset", f"{name}.revision"]
+            yield keys, f"on a file ({source.path})", [f"{name}.path"]
+        elif is_local(source.path) or Path(source.path).is_dir():
+            yield [f"{name}.subset", f"{name}.revision"], f"on a directory ({source.path})", [f"{name}.path"]
+
+
+def _silent_ppo(stage: Ppo) -> Iterator[_Silent]:
+    estimator = stage.advantages.estimator
+    cause = ["advantages.estimator"]
+    if estimator != "gae":
+        keys = ["advantages.gamma", "advantages.lam", "advantages.bootstrap_truncated"]
+        yield keys, f"with {estimator} (gae only)", cause
+        yield ["value_loss"], f"with {estimator}: there is no critic", cause
+    if estimator != "group_relative":
+        yield ["advantages.divide_by_std"], f"with {estimator} (group_relative only)", cause
+    yield from _silent_critic(stage)
+    yield from _silent_kl(stage)
+    yield from _silent_revision("reference", stage.reference.model)
+    for position, reward in enumerate(stage.reward):
+        if not isinstance(reward, FunctionReward):
+            yield from _silent_revision(f"reward.{position}", reward.model)
+    yield from _silent_generator(stage.generator)
+    if stage.old_logprobs == "generator":
+        reason = "with old_logprobs: generator, where there is no difference to correct"
+        yield ["correction"], reason, ["old_logprobs"]
+    elif stage.correction.mode == "off":
+        yield ["correction.cap"], "while correction.mode is off", ["correction.mode"]
+    elif stage.correction.mode == "auto" and stage.generator.dtype == "float32":
+        reason = "while correction.mode is auto and the generator runs in float32 (set the mode to on to use it)"
+        yield ["correction.cap"], reason, ["correction.mode", "generator.dtype"]
+    if stage.data.prompt_length is not None:
+        reason = "with data.prompt_length, which cuts every prompt"
+        yield ["data.too_long"], reason, ["data.prompt_length"]
+    if stage.evaluation.temperature == 0 and stage.data.evaluation is not None:
+        reason = "while evaluation.temperature is 0: greedy samples of a prompt are all the same"
+        yield ["evaluation.samples_per_prompt"], reason, ["evaluation.temperature"]
+
+
+def _silent_critic(stage: Ppo) -> Iterator[_Silent]:
+    critic = stage.critic
+    if critic is not None and critic.kind == "value_head":
+        own = [key for key in Critic.model_fields if key != "kind"]
+        reason = "on a value head, which shares the policy's network (set it under policy)"
+        yield [f"critic.{key}" for key in own], reason, ["critic.kind"]
+    elif stage.advantages.estimator == "gae":
+        reason = "unless critic.kind is value_head: a critic of its own has its own learning rate"
+        yield ["value_loss.coefficient"], reason, ["critic"]
+
+
+def _silent_kl(stage: Ppo) -> Iterator[_Silent]:
+    if stage.kl_place == "off":
+        own = [f"kl.{key}" for key in type(stage.kl).model_fields if key != "place"]
+        yield ["reference", *own], "while kl.place is off", ["kl.place"]
+    elif stage.kl.controller == "fixed":
+        yield ["kl.target", "kl.horizon"], "while kl.controller is fixed", ["kl.controller"]
+
+
+def _silent_generator(generator: Generator) -> Iterator[_Silent]:
+    if generator.engine == "hf":
+        keys = ["kv_cache_gib", "memory_share", "prefix_caching", "compile"]
+        yield [f"generator.{key}" for key in keys], "with the hf engine (vllm only)", ["generator.engine"]
+    elif generator.gpus == 0:
+        yield ["generator.memory_share"], "with generator.gpus 0", ["generator.gpus"]
+
+
+def learners(stage: Sft | Ppo) -> list[tuple[KeyPath, Learner]]:
+    """The sections of a stage that are trained."""
+    found: list[tuple[KeyPath, Learner]] = [(("policy",), stage.policy)]
+    if isinstance(stage, Ppo) and stage.critic is not None:
+        found.append((("critic",), stage.critic))
+    return found

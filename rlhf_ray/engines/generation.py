@@ -1,0 +1,82 @@
+"""What a generation engine does: sample responses, give log-probabilities, take new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rlhf_ray.config import schema
+from rlhf_ray.distributed.transports import ReceivedWeights, TransportSpec
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response.
+
+    Args:
+        token_ids: the response's tokens, with the end-of-sequence token where it was generated.
+        logprobs: of each token, under the distribution that it was sampled from.
+        finished: ended by an end-of-sequence token or a stop string, not by the length limit.
+        text: the response without special tokens and stop string.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    text: str
+
+
+class GenerationEngine(Protocol):
+    """An engine with one model's weights."""
+
+    @property
+    def receivers(self) -> int:
+        """Number of receivers that a transfer of weights meets in this engine."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its response together."""
+
+    @property
+    def cache_block(self) -> int:
+        """Tokens of a block of the prefix cache; 0 where there is none."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the model knows."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: schema.Sampling, *, seeds: Sequence[int]
+    ) -> list[Sample]:
+        """One response for each prompt, in order; a response depends on its prompt, its seed and the weights alone.
+
+        `sampling.samples_per_prompt` is not read: a prompt stands in the list as often as it is wanted.
+        """
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """For each prompt the log-probability of each token at temperature 1, computed afresh; 0 for the first."""
+
+    def receive(
+        self, spec: TransportSpec, version: int, *, first_rank: int, load: bool = True
+    ) -> list[ReceivedWeights]:
+        """Takes a transfer of weights and loads them; one result per receiver.
+
+        The prefix cache is not touched: `reset_prefix_cache` comes next.
+
+        Args:
+            first_rank: rank of this engine's first receiver in the transfer.
+            load: off: the weights are received and thrown away (for tests of the attestation).
+
+        Raises:
+            WeightSyncError: another version arrives, the sender fails, or a deadline passes.
+        """
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets keys and values of the weights before."""
+
+    def memory_gib(self) -> float:
+        """Peak memory so far: the GPU's where there is one, else the process's."""
+
+    def close(self) -> None:
+        """Ends the engine; may be called again."""

@@ -1,0 +1,153 @@
+"""Generation with transformers, token by token: the oracle in tests, and the way out where vLLM has no build."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.algorithms.logprobs import token_logprobs
+from rlhf_ray.config import schema
+from rlhf_ray.distributed.transports import ReceivedWeights, Receiver, TransportSpec
+from rlhf_ray.engines.generation import Sample
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.models.loading import load_causal_lm, load_eos_token_ids, load_tokenizer
+
+
+class HfEngine:
+    """A transformers model that samples one response at a time.
+
+    Args:
+        config: the generator's section of the pipeline file.
+        model: directory or hub name.
+        revision: revision of a hub model.
+        tokenizer: directory or hub name of the tokenizer.
+        max_model_len: most tokens of a prompt and its response together.
+    """
+
+    receivers = 1
+    cache_block = 0
+
+    def __init__(
+        self, *, config: schema.Generator, model: str, revision: str | None, tokenizer: str, max_model_len: int
+    ) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = load_causal_lm(model, revision, config.dtype).to(self._device)
+        self._tokenizer = load_tokenizer(tokenizer)
+        self._stop_token_ids = sorted(load_eos_token_ids(model, revision, self._tokenizer))
+        self._receiver: Receiver | None = None
+        self.max_model_len = max_model_len
+        self.vocab_size = int(self._model.config.vocab_size)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: schema.Sampling, *, seeds: Sequence[int]
+    ) -> list[Sample]:
+        """One response for each prompt, in order; a response depends on its prompt, its seed and the weights alone."""
+        return [self._sample(list(prompt), sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def _sample(self, prompt: list[int], sampling: schema.Sampling, seed: int) -> Sample:
+        random = torch.Generator().manual_seed(seed)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        past: Any = None
+        fresh = prompt
+        before = self._text(prompt)
+        while len(tokens) < sampling.max_new_tokens:
+            outputs = self._model(torch.tensor([fresh], device=self._device), past_key_values=past, use_cache=True)
+            past = outputs.past_key_values
+            logits = outputs.logits[0, -1].float().cpu()
+            if len(tokens) < sampling.min_new_tokens:
+                logits[self._stop_token_ids] = -torch.inf
+            distribution = filtered_logprobs(logits, torch.tensor(prompt + tokens), sampling)
+            if sampling.temperature == 0:
+                token = int(distribution.argmax())
+            else:
+                token = int(torch.multinomial(distribution.exp(), 1, generator=random))
+            tokens.append(token)
+            logprobs.append(float(distribution[token]))
+            fresh = [token]
+            text = self._text(prompt + tokens)[len(before) :]
+            if token in self._stop_token_ids:
+                return Sample(tokens, logprobs, True, text)
+            ends = [text.index(stop) for stop in sampling.stop if stop in text]
+            if ends and len(tokens) >= sampling.min_new_tokens:
+                return Sample(tokens, logprobs, True, text[: min(ends)])
+        return Sample(tokens, logprobs, False, self._text(prompt + tokens)[len(before) :])
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """For each prompt the log-probability of each token at temperature 1; 0 for the first token."""
+        found = []
+        for prompt in prompts:
+            tokens = torch.tensor([list(prompt)], device=self._device)
+            logits = self._model(tokens, use_cache=False).logits.float()
+            found.append([float(value) for value in token_logprobs(logits, tokens)[0]])
+        return found
+
+    def receive(
+        self, spec: TransportSpec, version: int, *, first_rank: int, load: bool = True
+    ) -> list[ReceivedWeights]:
+        """Takes a transfer of weights and loads them; a list of one."""
+        self._receiver = Receiver.renewed(self._receiver, spec, first_rank)
+        own = self._model.state_dict()
+        try:
+            for name, tensor in self._receiver.tensors(version):
+                if name not in own:
+                    raise WeightSyncError(f"tensor {name!r} arrived, and the generator's model has none of this name")
+                if load:
+                    own[name].copy_(tensor)
+        except BaseException as error:
+            self._receiver.fail(f"generator's receiver {first_rank}: {error}")
+            self._receiver.close()
+            self._receiver = None
+            raise
+        return [self._receiver.received()]
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing is kept between calls."""
+
+    def memory_gib(self) -> float:
+        """Peak memory so far: the GPU's where there is one, else the process's."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def close(self) -> None:
+        """Frees the receiver's buffers."""
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+
+def filtered_logprobs(logits: Tensor, context: Tensor, sampling: schema.Sampling) -> Tensor:
+    """[V] log-probabilities of the next token after penalty, temperature and filters, renormalised.
+
+    Args:
+        logits: [V] of the model.
+        context: the tokens so far, prompt included.
+    """
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.unique(context)
+        penalised = logits[seen]
+        factor = sampling.repetition_penalty
+        logits[seen] = torch.where(penalised > 0, penalised / factor, penalised * factor)
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    probabilities = logits.softmax(0)
+    if sampling.min_p > 0:
+        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), -torch.inf)
+    if sampling.top_k > 0:
+        smallest = logits.topk(min(sampling.top_k, logits.numel())).values[-1]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        before = ordered.softmax(0).cumsum(0) - ordered.softmax(0)
+        logits = logits.index_fill(0, index[before >= sampling.top_p], -torch.inf)
+    return logits.log_softmax(0)

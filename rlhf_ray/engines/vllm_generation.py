@@ -1,0 +1,279 @@
+"""Generation with vLLM, inside this process: on CPU and on GPU.
+
+vLLM runs without its engine subprocess: when that dies `generate` never returns, while a dying actor is reported
+at once. Most of the start is the import of vLLM: a second engine in the same process starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from rlhf_ray.config import schema
+from rlhf_ray.distributed.transports import ReceivedWeights, TransportSpec
+from rlhf_ray.engines.generation import Sample
+from rlhf_ray.errors import ConfigError, InstallError, WeightSyncError
+from rlhf_ray.models.loading import load_config, load_eos_token_ids, load_tokenizer, torch_dtype
+
+_CPU_BLOCK = 32
+_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+_CPU_CACHE_LIMIT = 2 << 30
+_EXTENSION = "rlhf_ray.engines.vllm_worker_extension.WeightReceiver"
+
+
+def engine_environment(config: schema.Generator, *, gpu: bool) -> dict[str, str]:
+    """Variables that must stand in the environment of the engine's process before it starts."""
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    if not gpu:
+        # Two threads on a busy core wait for each other at every barrier: ten times slower.
+        environment["OMP_NUM_THREADS"] = "1"
+    if not config.compile:
+        # vLLM compiles one small function for log-probabilities even in eager mode, which takes 13 s and a compiler.
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+    return environment
+
+
+def limit_model_len(name: str, model: PretrainedConfig, wanted: int) -> int:
+    """The given number of tokens, checked against the longest sequence that the model takes.
+
+    Raises:
+        ConfigError: the model is shorter.
+    """
+    longest = getattr(model, "max_position_embeddings", None)
+    if longest is not None and wanted > longest:
+        raise ConfigError(
+            f"{name}: prompt and response may take {wanted} tokens, the model's longest sequence is {longest}; "
+            "lower data.max_prompt_tokens or sampling.max_new_tokens"
+        )
+    return wanted
+
+
+def cache_bytes(config: schema.Generator, model: PretrainedConfig, *, max_model_len: int) -> int:
+    """Bytes for keys and values on a CPU: the setting, or room for max_sequences within 2 GiB."""
+    if config.kv_cache_gib is not None:
+        return int(config.kv_cache_gib * 2**30)
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    per_token: int = 2 * model.num_hidden_layers * heads * _head_dim(model) * torch_dtype(config.dtype).itemsize
+    blocks = -(-max_model_len // _CPU_BLOCK) + 1
+    one = blocks * _CPU_BLOCK * per_token
+    limit = min(_CPU_CACHE_LIMIT, psutil.virtual_memory().total // 4)
+    return max(2 * one, min(config.max_sequences * one, limit))
+
+
+class VllmEngine:
+    """An engine of vLLM with one model.
+
+    Args:
+        config: the generator's section of the pipeline file.
+        model: directory or hub name.
+        revision: revision of a hub model.
+        tokenizer: directory or hub name of the tokenizer.
+        max_model_len: most tokens of a prompt and its response together.
+
+    Raises:
+        ConfigError: vLLM cannot run this model, or the model's sequences are shorter.
+        InstallError: vLLM is missing.
+    """
+
+    def __init__(
+        self, *, config: schema.Generator, model: str, revision: str | None, tokenizer: str, max_model_len: int
+    ) -> None:
+        model_config = load_config(model, revision)
+        self._max_model_len = limit_model_len(model, model_config, max_model_len)
+        self._vocab_size = int(model_config.vocab_size)
+        self._tensor_parallel = config.tensor_parallel
+        gpu = torch.cuda.is_available()
+        if not gpu and _head_dim(model_config) not in _CPU_HEAD_DIMS:
+            raise ConfigError(
+                f"{model}: attention heads of {_head_dim(model_config)} dimensions; on a CPU vLLM takes "
+                f"{', '.join(map(str, _CPU_HEAD_DIMS))}; choose another model, or generator.engine=hf"
+            )
+        self._stop_token_ids = list(load_eos_token_ids(model, revision, load_tokenizer(tokenizer)))
+        arguments = _arguments(config, model_config, max_model_len=self._max_model_len, gpu=gpu)
+        source = {"model": model, "revision": revision, "tokenizer": tokenizer}
+        self._llm: Any = _start(source | arguments, config, model_config, gpu=gpu)
+        self._block = self._llm.llm_engine.vllm_config.cache_config.block_size if config.prefix_caching else 0
+
+    @property
+    def receivers(self) -> int:
+        """Number of receivers that a transfer of weights meets in this engine."""
+        return self._tensor_parallel
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its response together."""
+        return self._max_model_len
+
+    @property
+    def cache_block(self) -> int:
+        """Tokens of a block of the prefix cache; 0 where there is none."""
+        return int(self._block)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the model knows."""
+        return self._vocab_size
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: schema.Sampling, *, seeds: Sequence[int]
+    ) -> list[Sample]:
+        """One response for each prompt, in order; a response depends on its prompt, its seed and the weights alone."""
+        vllm = _vllm()
+        parameters = [
+            vllm.SamplingParams(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                min_tokens=sampling.min_new_tokens,
+                max_tokens=sampling.max_new_tokens,
+                stop=list(sampling.stop),
+                stop_token_ids=self._stop_token_ids,
+                seed=seed,
+                logprobs=0,
+                flat_logprobs=True,
+            )
+            for seed in seeds
+        ]
+        samples = []
+        for result in self._run(prompts, parameters):
+            output = result.outputs[0]
+            samples.append(
+                Sample(
+                    token_ids=list(output.token_ids),
+                    logprobs=list(output.logprobs.logprobs),
+                    finished=output.finish_reason == "stop",
+                    text=output.text,
+                )
+            )
+        return samples
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """For each prompt the log-probability of each token at temperature 1, computed afresh; 0 for the first."""
+        # vLLM does not read its prefix cache for these.
+        parameters = _vllm().SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        results = self._run(prompts, [parameters] * len(prompts))
+        return [[0.0, *result.prompt_logprobs.logprobs] for result in results]
+
+    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        results: list[Any] = self._llm.generate(requests, list(parameters), use_tqdm=False)
+        return results
+
+    def receive(
+        self, spec: TransportSpec, version: int, *, first_rank: int, load: bool = True
+    ) -> list[ReceivedWeights]:
+        """Takes a transfer of weights and loads them; one result per tensor-parallel worker."""
+        plain = {"first_rank": first_rank, "version": version, "load": load}
+        results = self._llm.collective_rpc("rlhf_receive", args=(spec.as_dict(),), kwargs=plain)
+        return [ReceivedWeights(**result) for result in results]
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets keys and values of the weights before.
+
+        Raises:
+            WeightSyncError: the cache is in use.
+        """
+        if not self._llm.reset_prefix_cache():
+            raise WeightSyncError("the engine's prefix cache cannot be reset while requests are running")
+
+    def memory_gib(self) -> float:
+        """Peak memory so far: the GPUs' where there are any, else the process's."""
+        if torch.cuda.is_available():
+            return float(sum(self._llm.collective_rpc("rlhf_peak_memory"))) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def close(self) -> None:
+        """Ends the engine and its workers, and frees its memory; may be called again."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            gc.collect()
+
+
+def _start(arguments: Mapping[str, Any], config: schema.Generator, model: PretrainedConfig, *, gpu: bool) -> Any:
+    for name, value in engine_environment(config, gpu=gpu).items():
+        os.environ.setdefault(name, value)
+    vllm = _vllm()
+    try:
+        if not gpu:
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+            _import_architecture(model)
+        return vllm.LLM(**arguments)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{arguments['model']}: vLLM cannot run this model: {error}") from error
+
+
+def _import_architecture(model: PretrainedConfig) -> None:
+    """Imports vLLM's class for the model here; else vLLM does so in another process, which takes 7 s."""
+    registry = _vllm().ModelRegistry
+    for name in model.architectures or []:
+        entry = registry.models.get(name)
+        if hasattr(entry, "load_model_cls"):
+            registry.register_model(name, entry.load_model_cls())
+
+
+def _arguments(config: schema.Generator, model: PretrainedConfig, *, max_model_len: int, gpu: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "dtype": config.dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_sequences,
+        "tensor_parallel_size": config.tensor_parallel,
+        "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
+        "enforce_eager": not config.compile,
+        "enable_prefix_caching": config.prefix_caching,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "worker_extension_cls": _EXTENSION,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "trust_remote_code": False,
+        "seed": 0,
+    }
+    if not gpu:
+        arguments["block_size"] = _CPU_BLOCK
+        arguments["kv_cache_memory_bytes"] = cache_bytes(config, model, max_model_len=max_model_len)
+    elif config.kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+    else:
+        arguments["gpu_memory_utilization"] = config.memory_share
+    return arguments
+
+
+def _head_dim(model: PretrainedConfig) -> int:
+    return int(getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads)
+
+
+@cache
+def _vllm() -> Any:
+    # vLLM runs `lscpu` and finds other programs of the virtual environment by PATH.
+    folder = str(Path(sys.executable).parent)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
+    try:
+        import vllm
+    except ImportError as error:
+        raise InstallError(
+            f"vLLM cannot be imported ({error}); `rlhf-ray doctor` gives the line that installs it for this machine"
+        ) from error
+    return vllm

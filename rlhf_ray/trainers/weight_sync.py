@@ -1,0 +1,164 @@
+"""From the policy's learners to every generator: the weights, and the proof that they arrived.
+
+Three things are compared: the version, a digest of each tensor, and the log-probabilities of a fixed probe batch,
+which also sees weights that arrived and were not loaded, and a prefix cache of the weights before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Sequences
+from rlhf_ray.distributed.groups import WorkerGroup, gather
+from rlhf_ray.distributed.transports import (
+    ReceivedWeights,
+    SentWeights,
+    TransportSpec,
+    check_same,
+    choose_kind,
+    sender_address,
+)
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.workers.generator import Generator, ProbeResult
+from rlhf_ray.workers.learner import Learner
+
+
+@dataclass(frozen=True)
+class ProbeLimits:
+    """Largest mean and largest single absolute difference of log-probabilities in nats."""
+
+    mean: float
+    max: float
+
+
+def probe_limits(*dtypes: schema.DType) -> ProbeLimits:
+    """The limits for a generator and a learner of these types: the coarser one decides."""
+    return ProbeLimits(3e-2, 0.5) if "bfloat16" in dtypes else ProbeLimits(1e-4, 1e-2)
+
+
+class WeightSync:
+    """Keeps the generators on the policy's weights.
+
+    Args:
+        policy: the learners; rank 0 sends.
+        generator: the generators, each with `tensor_parallel` receivers.
+        settings: transport, size of the buckets and deadline.
+        generator_settings: type of the generators' weights, and their receivers.
+        learner_dtype: type of the learners' weights.
+    """
+
+    def __init__(
+        self,
+        policy: WorkerGroup[Learner],
+        generator: WorkerGroup[Generator],
+        *,
+        settings: schema.Placement,
+        generator_settings: schema.Generator,
+        learner_dtype: schema.DType,
+    ) -> None:
+        self._policy = policy
+        self._generator = generator
+        self._settings = settings
+        self._receivers = generator.size * generator_settings.tensor_parallel
+        self._limits = probe_limits(generator_settings.dtype, learner_dtype)
+        self._spec: TransportSpec | None = None
+        self._session = 0
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Afterwards every generator holds and attests this version of the weights; metrics of the transfer.
+
+        Raises:
+            WeightSyncError: a tensor is missing, was not sent, or differs; the version is another one; or the probe
+                batch is too far from the learner's. Names the generator and the worst tensor or token.
+        """
+        # A transport that failed is not used again: only after success is it kept.
+        spec = dataclasses.replace(self._spec or self._new_spec(), session=self._session)
+        self._spec, self._session = None, self._session + 1
+        start = time.perf_counter()
+        sent, received = gather(
+            self._policy.all(Learner.send_weights, spec, version),
+            self._generator.all(Generator.receive_weights, spec, version),
+        )
+        seconds = time.perf_counter() - start
+        check_arrivals(sent[0], received)
+        mean, largest = self._attest(version)
+        self._spec = spec
+        return {
+            "sync/time_s": seconds,
+            "sync/gib_per_s": sent[0].nbytes / 2**30 / seconds,
+            "sync/bytes": float(sent[0].nbytes),
+            "sync/probe_time_s": time.perf_counter() - start - seconds,
+            "sync/probe_diff_mean": mean,
+            "sync/probe_diff_max": largest,
+        }
+
+    def _new_spec(self) -> TransportSpec:
+        sender, port, receivers = gather(
+            self._policy.first(Learner.endpoint),
+            self._policy.first(Learner.open_store, self._settings.call_timeout_s),
+            self._generator.all(Generator.endpoint),
+        )
+        wanted = self._settings.transport
+        return TransportSpec(
+            kind=choose_kind(sender, receivers) if wanted == "auto" else wanted,
+            address=sender_address(sender, receivers),
+            port=port,
+            receivers=self._receivers,
+            timeout_s=self._settings.call_timeout_s,
+            bucket_bytes=self._settings.bucket_mib << 20,
+        )
+
+    def _attest(self, version: int) -> tuple[float, float]:
+        """Mean and largest difference of the probe batch, of the generator that is farthest from the learner."""
+        probes = self._generator.all(Generator.probe).result()
+        judged: list[tuple[Sequences, Tensor]] = []
+        means, maxima = [], []
+        for rank, probe in enumerate(probes):
+            expected = next((found for rows, found in judged if torch.equal(rows.tokens, probe.sequences.tokens)), None)
+            if expected is None:
+                expected = self._policy.split(Learner.logprobs, probe.sequences, temperature=1.0).result()
+                judged.append((probe.sequences, expected))
+            mean, largest = check_probe(probe, expected, version=version, rank=rank, limits=self._limits)
+            means.append(mean)
+            maxima.append(largest)
+        return max(means), max(maxima)
+
+
+def check_arrivals(sent: SentWeights, received: Sequence[Sequence[ReceivedWeights]]) -> None:
+    """Raises WeightSyncError naming the generator and the first tensor in which it differs from the sender."""
+    for rank, receivers in enumerate(received):
+        for arrival in receivers:
+            check_same(sent, arrival, who=f"generator {rank}")
+
+
+def check_probe(
+    probe: ProbeResult, expected: Tensor, *, version: int, rank: int, limits: ProbeLimits
+) -> tuple[float, float]:
+    """Mean and largest absolute difference between a generator's log-probabilities [B, T] and the learner's.
+
+    Raises:
+        WeightSyncError: either is beyond its limit, or not a number; names the worst token.
+    """
+    mask = probe.sequences.response_mask
+    difference = ((probe.logprobs - expected).abs() * mask).nan_to_num(nan=torch.inf)
+    mean = float(difference.sum() / mask.sum())
+    largest = float(difference.max())
+    if mean <= limits.mean and largest <= limits.max:
+        return mean, largest
+    row, position = divmod(int(difference.argmax()), difference.shape[1])
+    # The last token alone was computed through the prefix cache.
+    stale = difference[:, :-1].max() <= limits.max < difference[:, -1].max()
+    cause = "its prefix cache is of earlier weights" if stale else "it does not compute with the learner's weights"
+    raise WeightSyncError(
+        f"generator {rank}, version {version}: {cause}. The probe batch differs by {mean:.2g} nats in the mean "
+        f"(limit {limits.mean:g}) and {largest:.2g} at most (limit {limits.max:g}); worst is token {position} of row "
+        f"{row}, id {int(probe.sequences.tokens[row, position])}: log-probability "
+        f"{float(probe.logprobs[row, position]):.4f}, the learner's {float(expected[row, position]):.4f}"
+    )

@@ -1,0 +1,175 @@
+"""The worker that samples responses and holds a copy of the policy's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Batch, Prompts, Rollouts, Sequences, make_sequences
+from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.distributed.faults import fault
+from rlhf_ray.distributed.locations import Location, here
+from rlhf_ray.distributed.place import Place
+from rlhf_ray.distributed.transports import Endpoint, ReceivedWeights, TransportSpec, this_endpoint
+from rlhf_ray.engines.generation import GenerationEngine
+from rlhf_ray.engines.hf_generation import HfEngine
+from rlhf_ray.engines.vllm_generation import VllmEngine
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.shapes import TokenFloat
+
+_PROBE_ROWS = 4
+_GREEDY = schema.Sampling(temperature=0.0, max_new_tokens=1)
+
+
+@dataclass(frozen=True)
+class ProbeResult(Batch):
+    """The fixed probe batch and what a generator makes of it.
+
+    Args:
+        sequences: random tokens, then the generator's most likely next one; all but the first are in response_mask.
+        logprobs: [B, T] the generator's log-probability of each token at temperature 1; 0 at the first.
+        version: of the weights that the generator holds.
+    """
+
+    sequences: Sequences
+    logprobs: TokenFloat
+    version: int
+
+
+class Generator:
+    """One worker of the role `generator`.
+
+    Args:
+        place: role, rank and number of workers.
+        config: the generator's section of the pipeline file.
+        model: directory or hub name of the model whose weights it starts with.
+        revision: revision of a hub model.
+        tokenizer: directory or hub name of the tokenizer.
+        max_model_len: most tokens of a prompt and its response together.
+        seed: the run's seed.
+
+    Raises:
+        ConfigError: the engine cannot run this model, or the model's sequences are shorter than max_model_len.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        config: schema.Generator,
+        model: str,
+        revision: str | None,
+        tokenizer: str,
+        max_model_len: int,
+        seed: int,
+    ) -> None:
+        self.place = place
+        self.seed = seed
+        self.version = 0
+        engine = VllmEngine if config.engine == "vllm" else HfEngine
+        self.engine: GenerationEngine = engine(
+            config=config, model=model, revision=revision, tokenizer=tokenizer, max_model_len=max_model_len
+        )
+        self._probe_prompts = probe_prompts(
+            self.engine.vocab_size, block=self.engine.cache_block, max_model_len=self.engine.max_model_len
+        )
+
+    def generate(self, prompts: Prompts, sampling: schema.Sampling, *, iteration: int) -> Rollouts:
+        """Responses to the prompts, in order, `samples_per_prompt` adjacent ones for each.
+
+        The tokens depend on (run seed, iteration, prompt id, sample index), prompt, sampling and weights, not on the
+        other prompts nor on which worker samples.
+
+        Raises:
+            ConfigError: a prompt is longer than the engine was made for.
+        """
+        fault("generate", role=self.place.role, rank=self.place.rank, iteration=iteration)
+        samples = sampling.samples_per_prompt
+        rows = [row for row in range(len(prompts.ids)) for _ in range(samples)]
+        token_ids = [prompts.token_ids[row] for row in rows]
+        self._check_lengths(prompts, sampling)
+        seeds = [
+            derive_seed(self.seed, iteration, prompt_id, sample)
+            for prompt_id in prompts.ids
+            for sample in range(samples)
+        ]
+        found = self.engine.generate(token_ids, sampling, seeds=seeds)
+        sequences = make_sequences(token_ids, [sample.token_ids for sample in found])
+        logprobs = torch.zeros(sequences.tokens.shape)
+        logprobs[sequences.response_mask] = torch.tensor([value for sample in found for value in sample.logprobs])
+        return Rollouts(
+            sequences=sequences,
+            generator_logprobs=logprobs,
+            finished=torch.tensor([sample.finished for sample in found], dtype=torch.bool),
+            prompts=[prompts.texts[row] for row in rows],
+            responses=[sample.text for sample in found],
+            answers=[prompts.answers[row] for row in rows],
+            prompt_ids=torch.tensor([prompts.ids[row] for row in rows], dtype=torch.long),
+            policy_version=self.version,
+        )
+
+    def _check_lengths(self, prompts: Prompts, sampling: schema.Sampling) -> None:
+        room = self.engine.max_model_len - sampling.max_new_tokens
+        for prompt_id, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
+            if not 1 <= len(tokens) <= room:
+                raise ConfigError(
+                    f"prompt {prompt_id} has {len(tokens)} tokens; wanted 1 to {room}, because the engine was made for "
+                    f"{self.engine.max_model_len} and the response may take {sampling.max_new_tokens}"
+                )
+
+    def endpoint(self) -> Endpoint:
+        """Where this worker stands."""
+        return this_endpoint(gpus=self.engine.receivers)
+
+    def receive_weights(self, spec: TransportSpec, version: int) -> list[ReceivedWeights]:
+        """Takes the weights that a learner sends meanwhile; one result for each tensor-parallel worker.
+
+        Raises:
+            WeightSyncError: another version arrives, the sender fails, or a deadline passes.
+        """
+        action = fault("sync", role=self.place.role, rank=self.place.rank, iteration=version)
+        # Filling the cache under the old weights makes the probe see a reset that was forgotten.
+        self._next_tokens()
+        first_rank = self.place.rank * self.engine.receivers
+        received = self.engine.receive(spec, version, first_rank=first_rank, load=action != "keep_old")
+        if action != "skip_cache_reset":
+            self.engine.reset_prefix_cache()
+        self.version = version
+        return received
+
+    def probe(self) -> ProbeResult:
+        """The probe batch under the present weights: once through the prefix cache, once computed afresh."""
+        following = self._next_tokens()
+        afresh = self.engine.prompt_logprobs(self._probe_prompts)
+        whole = make_sequences(
+            [prompt[:1] for prompt in self._probe_prompts],
+            [[*prompt[1:], token] for prompt, (token, _) in zip(self._probe_prompts, following, strict=True)],
+        )
+        logprobs = [[*row, logprob] for row, (_, logprob) in zip(afresh, following, strict=True)]
+        return ProbeResult(sequences=whole, logprobs=torch.tensor(logprobs), version=self.version)
+
+    def _next_tokens(self) -> list[tuple[int, float]]:
+        samples = self.engine.generate(self._probe_prompts, _GREEDY, seeds=[0] * len(self._probe_prompts))
+        return [(sample.token_ids[0], sample.logprobs[0]) for sample in samples]
+
+    def location(self) -> Location:
+        """Where the weights lie; with tensor parallelism, those of the first part."""
+        return here()
+
+    def memory(self) -> float:
+        """Peak memory of the worker in GiB: the GPU's where there is one, else the process's."""
+        return self.engine.memory_gib()
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self.engine.close()
+
+
+def probe_prompts(vocab_size: int, *, block: int, max_model_len: int) -> Sequence[list[int]]:
+    """Random prompts of one length, longer than two blocks of the prefix cache where max_model_len allows it."""
+    length = min(max(2 * block + block // 2, 48), max_model_len - 1)
+    random = torch.Generator().manual_seed(derive_seed("probe"))
+    return [torch.randint(vocab_size, (length,), generator=random).tolist() for _ in range(_PROBE_ROWS)]

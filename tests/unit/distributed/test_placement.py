@@ -1,0 +1,111 @@
+"""The arithmetic of placement, and the environment of a worker."""
+
+import socket
+
+import pytest
+
+from rlhf_ray.distributed.placement import Capacity, Cluster, RoleRequest, Share, fit, worker_environment
+from rlhf_ray.distributed.rendezvous import Meeting, environment
+from rlhf_ray.errors import ConfigError, PlacementError
+
+GPU_BOX = Capacity(cpus=32, gpus=8, free_cpus=32, free_gpus=2, nodes=[Share(32, 8)])
+LAPTOP = Capacity(cpus=2, gpus=0, free_cpus=2, free_gpus=0, nodes=[Share(2, 0)])
+
+
+def shares(
+    requests: list[RoleRequest], capacity: Capacity, *, strategy: str = "PACK", wait: bool = False
+) -> dict[str, Share]:
+    return fit(requests, capacity, strategy=strategy, may_wait=wait)
+
+
+def test_unset_cores_are_one_each_where_they_fit() -> None:
+    assert shares([RoleRequest("policy", 2)], LAPTOP) == {"policy": Share(1, 0)}
+
+
+def test_unset_cores_are_equal_fractions_where_they_do_not_fit() -> None:
+    roles = [RoleRequest("policy", 2), RoleRequest("critic"), RoleRequest("generator", cpus=1)]
+    assert shares(roles, LAPTOP) == {"policy": Share(0.33, 0), "critic": Share(0.33, 0), "generator": Share(1, 0)}
+
+
+def test_unset_gpus_are_one_each_where_there_are_any() -> None:
+    assert shares([RoleRequest("policy", 2), RoleRequest("reward", gpus=0)], GPU_BOX) == {
+        "policy": Share(1, 1),
+        "reward": Share(1, 0),
+    }
+
+
+def test_a_shortage_names_role_wanted_and_free() -> None:
+    with pytest.raises(PlacementError, match=r"^policy needs 4 GPUs; 2 of 8 are free\. "):
+        shares([RoleRequest("policy", 4), RoleRequest("reward", gpus=0)], GPU_BOX)
+    with pytest.raises(
+        PlacementError, match=r"^policy needs 2 GPUs, critic needs 0.5 GPUs \(2.5 GPUs together\); 2 of 8"
+    ):
+        shares([RoleRequest("policy", 2), RoleRequest("critic", gpus=0.5)], GPU_BOX)
+    with pytest.raises(PlacementError, match=r"^generator needs 3 CPUs; 2 of 2 are free"):
+        shares([RoleRequest("generator", cpus=3)], LAPTOP)
+    with pytest.raises(PlacementError, match=r"generator needs 2 CPUs, policy needs 1 CPU \(3 CPUs together\)"):
+        shares([RoleRequest("generator", cpus=2), RoleRequest("policy")], LAPTOP)
+
+
+def test_what_may_become_free_is_not_refused() -> None:
+    assert shares([RoleRequest("policy", 4)], GPU_BOX, wait=True) == {"policy": Share(1, 1)}
+    with pytest.raises(PlacementError, match=r"policy needs 9 GPUs; 2 of 8 are free"):
+        shares([RoleRequest("policy", 9)], GPU_BOX, wait=True)
+
+
+def test_what_no_node_can_hold_is_refused() -> None:
+    two = Capacity(cpus=8, gpus=2, free_cpus=8, free_gpus=2, nodes=[Share(4, 1), Share(4, 1)])
+    with pytest.raises(PlacementError, match=r"^policy: one worker needs 1 CPU and 2 GPUs on one node; the largest"):
+        shares([RoleRequest("policy", gpus=2)], two)
+    with pytest.raises(PlacementError, match=r"STRICT_SPREAD puts each worker on its own node: 3 workers, 2 nodes"):
+        shares([RoleRequest("policy", 3, gpus=0)], two, strategy="STRICT_SPREAD")
+    with pytest.raises(PlacementError, match=r"all roles on one node \(STRICT_PACK\)"):
+        shares([RoleRequest("policy", 2)], two, strategy="STRICT_PACK")
+
+
+def test_worker_environment_pins_threads_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    variables = worker_environment(Share(0.5, 0), {"VLLM_LOGGING_LEVEL": "WARNING"})
+    assert variables["OMP_NUM_THREADS"] == "1"
+    assert variables["CUDA_VISIBLE_DEVICES"] == ""
+    assert variables["HF_HUB_OFFLINE"] == "1"
+    assert variables["VLLM_LOGGING_LEVEL"] == "WARNING"
+    assert "HF_TOKEN" not in variables
+    on_gpu = worker_environment(Share(4.5, 1), {})
+    assert on_gpu["OMP_NUM_THREADS"] == "4"
+    assert "CUDA_VISIBLE_DEVICES" not in on_gpu
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://head:10001", "got 'ray://head:10001', wanted HOST:PORT"),
+        ("head", "got 'head', wanted HOST:PORT"),
+        ("127.0.0.1:1", "got '127.0.0.1:1', but nothing answers there"),
+    ],
+)
+def test_an_address_without_a_cluster_is_the_users_error(address: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^placement.address: {message}"), Cluster(address):
+        pass
+
+
+def test_the_port_of_a_meeting_is_held_and_can_be_taken_by_a_server() -> None:
+    meeting = Meeting("127.0.0.1")
+    _, port = meeting.address
+    with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+        stranger.bind(("127.0.0.1", port))
+    with socket.create_server(("", port)):
+        meeting.release()
+
+
+def test_rendezvous_variables() -> None:
+    variables = environment(("10.0.0.1", 4321), rank=1, size=2, node="127.0.0.1")
+    assert variables.pop("GLOO_SOCKET_IFNAME", "lo") == "lo"
+    assert variables == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "4321",
+    }

@@ -1,0 +1,49 @@
+"""Every shipped pipeline file is valid, and its header says what a reader needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.config import schema
+from rlhf_ray.config.load import load_pipeline
+from rlhf_ray.workers.reward_functions import check_function
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+FILES = sorted(PIPELINES.glob("*.yaml"))
+
+
+def test_the_shipped_files_are_found() -> None:
+    assert {"quickstart", "ppo_imdb", "ppo_stories", "grpo_gsm8k"} <= {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_shipped_file_is_valid(file: Path) -> None:
+    pipeline = load_pipeline(file)
+    assert pipeline.run_dir == f"runs/{file.stem}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_its_reward_functions_can_be_called(file: Path) -> None:
+    for stage in load_pipeline(file).stages:
+        for reward in stage.reward if isinstance(stage, schema.Ppo) else ():
+            if isinstance(reward, schema.FunctionReward):
+                check_function(reward.function, PIPELINES, reward.arguments)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_its_header_says_what_hardware_command_and_what_to_expect(file: Path) -> None:
+    header = file.read_text().split("\nrun_dir:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    for word in ("# What ", "# Hardware ", "# Command ", "# Expect "):
+        assert word in header
+    assert "rlhf-ray run pipelines/" + file.name in header
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_misspelt_setting_in_it_is_found(file: Path) -> None:
+    from rlhf_ray.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="seeed"):
+        load_pipeline(file, ["seeed=3"])

@@ -1,0 +1,261 @@
+"""Weight sync with real transports and transformers engines, the groups' workers as threads of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_ray.algorithms.logprobs import token_logprobs
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Sequences, make_sequences
+from rlhf_ray.distributed import transports
+from rlhf_ray.distributed.groups import Pending
+from rlhf_ray.distributed.place import Place
+from rlhf_ray.distributed.transports import (
+    Endpoint,
+    ReceivedWeights,
+    Sender,
+    SentWeights,
+    TransportSpec,
+    open_store,
+    send_buckets,
+    this_endpoint,
+)
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.trainers import weight_sync
+from rlhf_ray.trainers.weight_sync import ProbeLimits, WeightSync, check_arrivals, check_probe, probe_limits
+from rlhf_ray.workers.generator import Generator, ProbeResult
+from tests.tiny_models import make_gpt2, make_llama
+
+
+class Running(Pending[Any]):
+    def __init__(self, futures: list[Future[Any]], one: bool) -> None:
+        self._futures = futures
+        self._one = one
+
+    def result(self) -> Any:
+        found = [future.result() for future in self._futures]
+        return found[0] if self._one else found
+
+
+class ThreadGroup:
+    """Workers of one role, each call a thread."""
+
+    def __init__(self, role: str, workers: list[Any]) -> None:
+        self.role = role
+        self.workers = workers
+        self.size = len(workers)
+        self._pool = ThreadPoolExecutor()
+
+    def _call(self, workers: list[Any], method: Callable[..., Any], arguments: Any, one: bool) -> Pending[Any]:
+        args, kwargs = arguments
+        calls = [self._pool.submit(getattr(worker, method.__name__), *args, **kwargs) for worker in workers]
+        return Running(calls, one)
+
+    def all(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Pending[Any]:
+        return self._call(self.workers, method, (args, kwargs), False)
+
+    def first(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Pending[Any]:
+        return self._call(self.workers[:1], method, (args, kwargs), True)
+
+    split = first
+
+
+class SmallLearner:
+    """What WeightSync asks of a learner, without DeepSpeed."""
+
+    def __init__(self, model: str, rank: int = 0) -> None:
+        self.model: Any = load_causal_lm(model)
+        self.rank = rank
+        self.sender: Sender | None = None
+
+    def endpoint(self) -> Endpoint:
+        return this_endpoint()
+
+    def open_store(self, timeout_s: float) -> int:
+        return open_store(timeout_s)
+
+    def send_weights(self, spec: TransportSpec, version: int) -> SentWeights:
+        if self.rank == 0:
+            self.sender = Sender.renewed(self.sender, spec)
+        return send_buckets(self.sender, version, [[item] for item in self.model.state_dict().items()])
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequences, temperature: float | None = None) -> Tensor:
+        assert temperature == 1.0
+        return token_logprobs(self.model(sequences.tokens, use_cache=False).logits, sequences.tokens)
+
+    def nudge(self) -> None:
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(1.05).add_(0.01)
+
+
+def start(
+    model: str, generators: int = 1, learners: int = 1, **settings: Any
+) -> tuple[WeightSync, SmallLearner, list[Generator]]:
+    config = schema.Generator(engine="hf", workers=generators)
+    policy = [SmallLearner(model, rank) for rank in range(learners)]
+    workers = [
+        Generator(
+            Place("generator", rank, generators),
+            config=config,
+            model=model,
+            revision=None,
+            tokenizer=model,
+            max_model_len=64,
+            seed=0,
+        )
+        for rank in range(generators)
+    ]
+    placement = schema.Placement(call_timeout_s=20.0, bucket_mib=1, **settings)
+    sync = WeightSync(
+        ThreadGroup("policy", policy),  # type: ignore[arg-type]
+        ThreadGroup("generator", workers),  # type: ignore[arg-type]
+        settings=placement,
+        generator_settings=config,
+        learner_dtype="float32",
+    )
+    return sync, policy[0], workers
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_llama(tmp_path_factory.mktemp("models") / "llama", layers=1)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_gpt2(tmp_path_factory.mktemp("models") / "gpt2", layers=1)
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+def test_every_generator_holds_the_weights_afterwards(llama: str, transport: str) -> None:
+    sync, learner, generators = start(llama, generators=2, learners=2, transport=transport)
+    for version in range(3):
+        learner.nudge()
+        metrics = sync.sync(version)
+        for generator in generators:
+            assert generator.version == version
+            held = generator.engine._model.state_dict()  # type: ignore[attr-defined]
+            assert all(torch.equal(held[name], tensor) for name, tensor in learner.model.state_dict().items())
+    assert metrics["sync/probe_diff_max"] < 1e-5
+    assert metrics["sync/bytes"] == sum(tensor.numel() * 4 for tensor in learner.model.state_dict().values())
+    assert metrics["sync/gib_per_s"] == pytest.approx(metrics["sync/bytes"] / 2**30 / metrics["sync/time_s"])
+    assert set(metrics) == {
+        "sync/time_s",
+        "sync/gib_per_s",
+        "sync/bytes",
+        "sync/probe_time_s",
+        "sync/probe_diff_mean",
+        "sync/probe_diff_max",
+    }
+
+
+def test_tied_embeddings_travel_under_both_names(gpt2: str) -> None:
+    sync, learner, _ = start(gpt2)
+    learner.nudge()
+    assert sync.sync(1)["sync/probe_diff_max"] < 1e-5
+
+
+FAULTS = {
+    "policy:0:1:drop_tensor": "generator 0: tensor 'model.embed_tokens.weight' of version 1 did not arrive",
+    "policy:0:1:swap_tensors": "of version 1 arrived with digest",
+    "policy:0:1:corrupt": "generator 0: tensor 'model.embed_tokens.weight' of version 1 arrived with digest",
+    "policy:0:1:stale_version": "weights of version 0 arrived where version 1 was announced; they are stale",
+    "generator:1:1:keep_old": "generator 1, version 1: it does not compute with the learner's weights",
+}
+
+
+@pytest.mark.parametrize("place", FAULTS)
+def test_a_spoiled_sync_stops_and_the_next_one_heals(llama: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, learner, _ = start(llama, generators=2)
+    sync.sync(0)
+    learner.nudge()
+    monkeypatch.setenv("RLHF_RAY_FAULT", f"sync:{place}")
+    with pytest.raises(WeightSyncError) as caught:
+        sync.sync(1)
+    assert FAULTS[place] in str(caught.value)
+    monkeypatch.delenv("RLHF_RAY_FAULT")
+    assert sync.sync(1)["sync/probe_diff_max"] < 1e-5
+
+
+@pytest.mark.parametrize("place", FAULTS)
+def test_each_fault_is_missed_without_its_check(llama: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest, the version and the probe are each needed: with one of them gone its fault is not named as above."""
+    gone: list[tuple[Any, str, Any]] = {
+        "stale_version": [(transports, "check_version", lambda got, wanted: None)],
+        "keep_old": [(weight_sync, "check_probe", lambda *args, **kwargs: (0.0, 0.0))],
+    }.get(place.rpartition(":")[2], [(weight_sync, "check_arrivals", lambda sent, received: None)])
+    for module, name, nothing in gone:
+        monkeypatch.setattr(module, name, nothing)
+    sync, learner, _ = start(llama, generators=2)
+    sync.sync(0)
+    learner.nudge()
+    monkeypatch.setenv("RLHF_RAY_FAULT", f"sync:{place}")
+    assert FAULTS[place] not in outcome(sync)
+
+
+def outcome(sync: WeightSync) -> str:
+    try:
+        sync.sync(1)
+    except WeightSyncError as error:
+        return str(error)
+    return "passed"
+
+
+def probe_of(logprobs: list[list[float]]) -> ProbeResult:
+    tokens = [[row * 10 + position for position in range(len(values))] for row, values in enumerate(logprobs)]
+    sequences = make_sequences([row[:1] for row in tokens], [row[1:] for row in tokens])
+    return ProbeResult(sequences=sequences, logprobs=torch.tensor(logprobs), version=3)
+
+
+def test_probe_difference_by_hand() -> None:
+    probe = probe_of([[0.0, -1.0, -2.0], [0.0, -3.0, -4.0]])
+    expected = torch.tensor([[9.0, -1.5, -2.0], [9.0, -3.25, -4.25]])
+    # 0.5, 0, 0.25, 0.25 over the four tokens that have one before them
+    found = check_probe(probe, expected, version=3, rank=0, limits=ProbeLimits(mean=0.25, max=0.5))
+    assert found == (0.25, 0.5)
+    for limits in (ProbeLimits(mean=0.24, max=0.5), ProbeLimits(mean=0.25, max=0.49)):
+        with pytest.raises(WeightSyncError) as caught:
+            check_probe(probe, expected, version=3, rank=2, limits=limits)
+        assert str(caught.value) == (
+            "generator 2, version 3: it does not compute with the learner's weights. The probe batch differs by 0.25 "
+            f"nats in the mean (limit {limits.mean:g}) and 0.5 at most (limit {limits.max:g}); worst is token 1 of row "
+            "0, id 1: log-probability -1.0000, the learner's -1.5000"
+        )
+
+
+def test_a_difference_in_the_cached_token_alone_points_at_the_cache() -> None:
+    probe = probe_of([[0.0, -1.0, -2.0]])
+    with pytest.raises(WeightSyncError, match=r"its prefix cache is of earlier weights.*token 2 of row 0, id 2"):
+        check_probe(probe, torch.tensor([[0.0, -1.0, -5.0]]), version=3, rank=0, limits=ProbeLimits(2.0, 0.5))
+
+
+def test_a_probe_that_is_not_a_number_is_refused() -> None:
+    probe = probe_of([[0.0, float("nan"), -2.0]])
+    with pytest.raises(WeightSyncError, match=r"token 1 of row 0.*log-probability nan"):
+        check_probe(probe, torch.tensor([[0.0, -1.0, -2.0]]), version=3, rank=0, limits=ProbeLimits(1.0, 1.0))
+
+
+def test_limits_follow_the_coarser_type() -> None:
+    assert probe_limits("float32", "float32") == ProbeLimits(mean=1e-4, max=1e-2)
+    assert probe_limits("bfloat16", "float32") == probe_limits("float32", "bfloat16") == ProbeLimits(mean=3e-2, max=0.5)
+
+
+def test_every_receiver_of_every_generator_is_compared() -> None:
+    sent, good = SentWeights(1, {"a": 1}, 4), ReceivedWeights(1, {"a": 1}, 4)
+    check_arrivals(sent, [[good, good], [good, good]])
+    with pytest.raises(WeightSyncError, match="generator 1: tensor 'a'"):
+        check_arrivals(sent, [[good, good], [good, ReceivedWeights(1, {"a": 2}, 4)]])
+
+
+def test_models_in_this_test_are_tiny(llama: str) -> None:
+    assert sum(path.stat().st_size for path in Path(llama).iterdir()) < 2 << 20

@@ -1,0 +1,101 @@
+"""The generator's bookkeeping, with the transformers engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Prompts, Rollouts
+from rlhf_ray.distributed.place import Place
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.workers.generator import Generator, probe_prompts
+from tests.tiny_models import make_llama
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_llama(tmp_path_factory.mktemp("models") / "llama", layers=1)
+
+
+def make_generator(model: str, rank: int = 0, seed: int = 1) -> Generator:
+    return Generator(
+        Place("generator", rank, 2),
+        config=schema.Generator(engine="hf"),
+        model=model,
+        revision=None,
+        tokenizer=model,
+        max_model_len=40,
+        seed=seed,
+    )
+
+
+def make_prompts() -> Prompts:
+    return Prompts(
+        token_ids=[[1, 50, 60, 70], [1, 80], [1, 90, 91]],
+        texts=["first", "second", "third"],
+        answers=["a", None, 3],
+        ids=[7, 3, 12],
+    )
+
+
+SAMPLING = schema.Sampling(max_new_tokens=6, samples_per_prompt=2)
+
+
+def responses(rollouts: Rollouts) -> list[list[int]]:
+    masks = rollouts.sequences.response_mask
+    return [rollouts.sequences.tokens[row][mask].tolist() for row, mask in enumerate(masks)]
+
+
+def test_siblings_are_adjacent_and_belong_to_their_prompt(llama: str) -> None:
+    found = make_generator(llama).generate(make_prompts(), SAMPLING, iteration=4)
+    assert found.prompts == ["first", "first", "second", "second", "third", "third"]
+    assert found.answers == ["a", "a", None, None, 3, 3]
+    assert found.prompt_ids.tolist() == [7, 7, 3, 3, 12, 12]
+    assert found.policy_version == 0
+    assert [row[:2] for row in found.sequences.tokens.tolist()] == [
+        [1, 50],
+        [1, 50],
+        [1, 80],
+        [1, 80],
+        [1, 90],
+        [1, 90],
+    ]
+    assert found.sequences.response_mask.sum(1).max() <= 6
+    assert torch.equal(found.generator_logprobs != 0, found.sequences.response_mask)
+    assert found.finished.dtype == torch.bool
+
+
+def test_samples_depend_on_run_iteration_prompt_and_number_alone(llama: str) -> None:
+    prompts = make_prompts()
+    whole = responses(make_generator(llama).generate(prompts, SAMPLING, iteration=4))
+    other_rank = make_generator(llama, rank=1)
+    assert responses(other_rank.generate(prompts.select([2, 0]), SAMPLING, iteration=4)) == whole[4:] + whole[:2]
+    assert len({tuple(row) for row in whole}) == 6
+    assert responses(other_rank.generate(prompts, SAMPLING, iteration=5)) != whole
+    assert responses(make_generator(llama, seed=2).generate(prompts, SAMPLING, iteration=4)) != whole
+
+
+def test_a_prompt_that_is_too_long_is_named(llama: str) -> None:
+    prompts = Prompts(token_ids=[[1], [1] * 35], texts=["", ""], answers=[None, None], ids=[0, 9])
+    with pytest.raises(
+        ConfigError, match=r"prompt 9 has 35 tokens; wanted 1 to 34, because the engine was made for 40"
+    ):
+        make_generator(llama).generate(prompts, SAMPLING, iteration=1)
+
+
+def test_the_probe_is_longer_than_two_blocks_and_fixed() -> None:
+    prompts = probe_prompts(300, block=32, max_model_len=200)
+    assert [len(prompt) for prompt in prompts] == [80] * 4
+    assert prompts == probe_prompts(300, block=32, max_model_len=200)
+    assert max(max(prompt) for prompt in prompts) < 300
+    assert len(probe_prompts(300, block=32, max_model_len=20)[0]) == 19
+
+
+def test_probe_gives_the_prompts_tokens_and_the_likeliest_next_one(llama: str) -> None:
+    generator = make_generator(llama)
+    probe = generator.probe()
+    assert probe.sequences.tokens.shape == (4, 40)
+    assert torch.equal(probe.sequences.response_mask, torch.arange(40).expand(4, 40) > 0)
+    again = torch.tensor(generator.engine.prompt_logprobs(probe.sequences.tokens.tolist()))
+    assert torch.allclose(probe.logprobs, again, atol=1e-5)

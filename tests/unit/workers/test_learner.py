@@ -1,0 +1,347 @@
+"""A learner by itself: one worker, no Ray. Several workers are in tests/integration/test_learner.py."""
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Experience, Sequences, make_sequences
+from rlhf_ray.distributed.place import Place
+from rlhf_ray.errors import CheckpointError, ConfigError
+from rlhf_ray.models.forward import Outputs
+from rlhf_ray.workers import learner as learner_module
+from rlhf_ray.workers.learner import Learner
+from rlhf_ray.workers.objectives import JointObjective, LanguageObjective, PolicyObjective, ValueObjective
+
+SGD_LIKE = schema.Optimizer(learning_rate=1e-2, betas=(0.0, 0.0), eps=1.0)
+MakeLearner = Callable[..., Learner]
+
+
+@pytest.fixture
+def make(llama_directory: Path) -> Iterator[MakeLearner]:
+    """Makes learners, and closes them."""
+    made: list[Learner] = []
+
+    def build(*, head: Any = "none", model: Path = llama_directory, packing: bool = False, **settings: Any) -> Learner:
+        learner = Learner(
+            Place("policy", 0, 1),
+            config=schema.Learner(**({"optimizer": SGD_LIKE} | settings)),
+            model=str(model),
+            revision=None,
+            head=head,
+            seed=1,
+            total_steps=10,
+            packing=packing,
+        )
+        made.append(learner)
+        return learner
+
+    yield build
+    for learner in made:
+        learner.close()
+
+
+@pytest.fixture
+def sequences() -> Sequences:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(3, 290, (length,), generator=generator).tolist()
+
+    return make_sequences([draw(n) for n in (2, 5, 1, 3, 7)], [draw(n) for n in (9, 1, 12, 4, 6)])
+
+
+@pytest.fixture
+def experience(sequences: Sequences) -> Experience:
+    generator = torch.Generator().manual_seed(2)
+    shape = sequences.tokens.shape
+
+    def noise(mean: float, scale: float) -> Tensor:
+        return mean + scale * torch.randn(shape, generator=generator)
+
+    return Experience(
+        sequences=sequences,
+        old_logprobs=noise(-5.7, 0.3),
+        reference_logprobs=noise(-5.7, 0.3),
+        values=noise(0.0, 0.2),
+        advantages=noise(0.0, 1.0),
+        returns=noise(0.5, 1.0),
+        correction=noise(1.0, 0.1),
+    )
+
+
+def weights_of(learner: Learner) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in learner.engine.module.parameters()])
+
+
+def policy_objective(aggregation: Any) -> PolicyObjective:
+    loss = ClippedPolicyLoss(
+        clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.01, aggregation=aggregation
+    )
+    return PolicyObjective(loss, KlLoss("k2", 0.1, aggregation))
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_an_update_does_not_depend_on_micro_batches_or_layout(
+    make: MakeLearner, experience: Experience, aggregation: Any
+) -> None:
+    objective = JointObjective(policy_objective(aggregation), ValueObjective(ValueLoss(0.2, aggregation)), 0.5)
+    runs = []
+    for settings in (
+        {},
+        {"packing": True},
+        {"micro_batch_tokens": 20},
+        {"micro_batch_tokens": 20, "packing": True},
+        {"micro_batch_sequences": 1},
+        {"activation_checkpointing": True},
+    ):
+        learner = make(head="both", **settings)
+        before = weights_of(learner)
+        metrics = [learner.update(experience, objective, epochs=2, mini_batches=2, iteration=1) for _ in range(2)][1]
+        runs.append((metrics, weights_of(learner) - before))
+    wanted_metrics, wanted_change = runs[0]
+    assert wanted_change.norm() > 1e-3
+    assert {"loss", "entropy", "approx_kl", "critic/loss", "policy_loss", "kl_loss", "grad_norm"} <= set(wanted_metrics)
+    for metrics, change in runs[1:]:
+        assert metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-5)
+        torch.testing.assert_close(change, wanted_change, atol=1e-6, rtol=1e-4)
+
+
+def test_one_step_equals_torch(make: MakeLearner, llama_directory: Path, sequences: Sequences) -> None:
+    optimizer = schema.Optimizer(learning_rate=1e-2, weight_decay=0.1, gradient_clip=0.5)
+    learner = make(optimizer=optimizer)
+    metrics = learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=1)
+
+    model = AutoModelForCausalLM.from_pretrained(llama_directory)
+    total = torch.zeros(())
+    for row, length in enumerate(sequences.lengths().tolist()):
+        labels = sequences.tokens[row].masked_fill(~sequences.response_mask[row], -100)[:length]
+        logits = model(sequences.tokens[row, :length][None]).logits[0]
+        total = total + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+    loss = total / sequences.response_mask.sum()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8).step()
+    assert norm > 0.5
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    # Adam's first step is nearly the gradient's sign: where that is tiny, rounding shows.
+    changed = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (weights_of(learner) - changed).abs().mean() < 1e-6
+
+
+def test_dropping_rows_of_zero_weight_changes_nothing(make: MakeLearner, sequences: Sequences) -> None:
+    untrained = make_sequences([[4, 5, 6, 7]], [[]])
+    padded = Sequences.concat([sequences, untrained])
+    first, second = make(), make()
+    one = first.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=1)
+    two = second.update(padded, LanguageObjective(), epochs=1, mini_batches=1, iteration=1)
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_logprobs_and_loss_of_the_learner(make: MakeLearner, llama_directory: Path, sequences: Sequences) -> None:
+    learner = make(micro_batch_tokens=16)
+    found = learner.logprobs(sequences)
+    model = AutoModelForCausalLM.from_pretrained(llama_directory)
+    length = int(sequences.lengths()[2])
+    expected = model(sequences.tokens[2:3, :length]).logits[0].log_softmax(-1)
+    for t in range(1, length):
+        assert found[2, t].item() == pytest.approx(expected[t - 1, sequences.tokens[2, t]].item(), abs=1e-5)
+    assert not found[~sequences.response_mask].any()
+    mean = -found[sequences.response_mask].mean().item()
+    assert learner.evaluate_loss(sequences) == pytest.approx(mean, rel=1e-5)
+    warmer = learner.logprobs(sequences, 2.0)
+    assert not torch.allclose(found, warmer, atol=1e-3)
+
+
+def test_a_critic_learns_its_returns(make: MakeLearner, experience: Experience) -> None:
+    critic = make(head="value", optimizer=schema.Optimizer(learning_rate=3e-3))
+    first = critic.values(experience.sequences)
+    assert not first.values.any()
+    assert first.final.shape == (5,)
+    target = dataclasses.replace(
+        experience, returns=torch.full_like(experience.returns, 2.0), values=torch.zeros_like(experience.values)
+    )
+    objective = ValueObjective(ValueLoss(0.0, "token_mean"))
+    losses = [critic.update(target, objective, epochs=1, mini_batches=1, iteration=i)["loss"] for i in range(15)]
+    assert losses[0] == pytest.approx(2.0, abs=1e-5)
+    assert losses[-1] < 0.1
+    mask = experience.sequences.response_mask
+    assert (critic.values(experience.sequences).values[mask] - 2).abs().max() < 0.6
+
+
+class _Recording(LanguageObjective):
+    """Remembers the rows that it saw, by their first token."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "seen", [])
+
+    def __call__(self, outputs: Outputs, rows: Sequences) -> Any:
+        self.seen.append(sorted(rows.tokens[:, 0].tolist()))  # type: ignore[attr-defined]
+        return super().__call__(outputs, rows)
+
+
+def test_every_epoch_sees_every_row_once_in_a_new_order(make: MakeLearner) -> None:
+    rows = make_sequences([[token] for token in range(10, 18)], [[5, 6]] * 8)
+    learner = make()
+    first, again, other = _Recording(), _Recording(), _Recording()
+    learner.update(rows, first, epochs=2, mini_batches=4, iteration=1)
+    learner.update(rows, again, epochs=2, mini_batches=4, iteration=1)
+    learner.update(rows, other, epochs=2, mini_batches=4, iteration=2)
+    seen: list[list[int]] = first.seen  # type: ignore[attr-defined]
+    assert [len(part) for part in seen] == [2] * 8
+    assert sorted(sum(seen[:4], [])) == sorted(sum(seen[4:], [])) == list(range(10, 18))
+    assert seen[:4] != seen[4:]
+    assert seen == again.seen  # type: ignore[attr-defined]
+    assert seen != other.seen  # type: ignore[attr-defined]
+
+
+def test_fewer_rows_than_mini_batches(make: MakeLearner, sequences: Sequences) -> None:
+    recording = _Recording()
+    make().update(sequences.select([0, 1]), recording, epochs=1, mini_batches=5, iteration=1)
+    assert len(recording.seen) == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_a_gradient_that_is_not_finite_is_skipped(
+    make: MakeLearner, sequences: Sequences, zero: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make(zero=zero)
+    before = weights_of(learner)
+    monkeypatch.setenv("RLHF_RAY_FAULT", "update:policy:0:1:nan")
+    metrics = learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=2, iteration=1)
+    assert metrics["guard/skipped_steps"] == 2
+    assert torch.equal(weights_of(learner), before)
+    after = learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2)
+    assert after["guard/skipped_steps"] == 0
+    assert after["grad_norm"] > 0
+    assert not torch.equal(weights_of(learner), before)
+
+
+def test_learning_rate_follows_the_schedule(make: MakeLearner, sequences: Sequences) -> None:
+    learner = make(optimizer=schema.Optimizer(learning_rate=1e-3, schedule="linear", warmup_steps=1))
+    found = [
+        learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=i)["learning_rate"]
+        for i in range(10)
+    ]
+    assert found == pytest.approx([0.5e-3, *(1e-3 * (1 - k / 8) for k in range(9))])
+
+
+@pytest.mark.parametrize("head", ["none", "both"])
+def test_saved_model_has_the_same_logits(
+    make: MakeLearner, model_directory: Path, sequences: Sequences, tmp_path: Path, head: str
+) -> None:
+    learner = make(model=model_directory, head=head)
+    learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=1)
+    learner.save_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    expected = make(model=tmp_path / "model").logprobs(sequences)
+    assert torch.equal(learner.logprobs(sequences), expected)
+    assert model.config.tie_word_embeddings == (model_directory.name == "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("joy")["input_ids"] == learner.tokenizer("joy")["input_ids"]
+    assert sorted(path.name for path in (tmp_path / "model").glob("*.safetensors*")) == ["model.safetensors"]
+
+
+def test_saved_model_in_shards(
+    make: MakeLearner, gpt2_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequences: Sequences
+) -> None:
+    monkeypatch.setattr(learner_module, "_SAVE_BUCKET_BYTES", 1 << 20)
+    learner = make(model=gpt2_directory)
+    learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=1)
+    learner.save_model(tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert torch.equal(make(model=tmp_path).logprobs(sequences), learner.logprobs(sequences))
+
+
+def test_weights_carry_tied_embeddings_and_no_value_head(make: MakeLearner, gpt2_directory: Path) -> None:
+    learner = make(model=gpt2_directory, head="both")
+    buckets = list(learner.weights(bucket_bytes=1 << 20))
+    names = [name for bucket in buckets for name, _ in bucket]
+    model = AutoModelForCausalLM.from_pretrained(gpt2_directory)
+    assert names == list(model.state_dict())
+    assert "lm_head.weight" in names
+    assert len(buckets) > 2
+    for name, tensor in (pair for bucket in buckets for pair in bucket):
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_a_critic_has_no_model_to_give(make: MakeLearner, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="critic"):
+        make(head="value").save_model(tmp_path)
+
+
+def test_state_is_restored(make: MakeLearner, sequences: Sequences, tmp_path: Path) -> None:
+    first = make(optimizer=schema.Optimizer(learning_rate=1e-3, schedule="cosine"))
+    first.update(sequences, LanguageObjective(), epochs=2, mini_batches=2, iteration=1)
+    first.save(tmp_path)
+    wanted = first.update(sequences, LanguageObjective(), epochs=1, mini_batches=2, iteration=2)
+    second = make(optimizer=schema.Optimizer(learning_rate=1e-3, schedule="cosine"))
+    second.load(tmp_path)
+    assert second.update(sequences, LanguageObjective(), epochs=1, mini_batches=2, iteration=2) == wanted
+    assert torch.equal(weights_of(first), weights_of(second))
+
+
+def test_no_state_to_restore(make: MakeLearner, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no learner state"):
+        make().load(tmp_path)
+
+
+def test_state_of_another_architecture_is_refused(make: MakeLearner, gpt2_directory: Path, tmp_path: Path) -> None:
+    make().save(tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        make(model=gpt2_directory).load(tmp_path)
+
+
+class _Payload:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+def test_code_in_a_checkpoint_is_not_run(
+    make: MakeLearner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    learner = make()
+    learner.save(tmp_path)
+    file = next((tmp_path / "state").glob("*model_states.pt"))
+    torch.save({"module": _Payload()}, file, pickle_module=pickle)
+    with pytest.raises(CheckpointError):
+        learner.load(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_tokenizer_that_does_not_fit_is_refused(llama_directory: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_directory)
+    tokenizer.add_tokens([f"extra{i}" for i in range(60)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="300 embeddings"):
+        Learner(
+            Place("policy", 0, 1),
+            config=schema.Learner(),
+            model=str(llama_directory),
+            revision=None,
+            head="none",
+            seed=1,
+            total_steps=1,
+            tokenizer=str(tmp_path),
+        )
+
+
+def test_memory_is_reported_in_gib(make: MakeLearner) -> None:
+    assert 0.1 < make().memory() < 64

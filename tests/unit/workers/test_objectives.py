@@ -1,0 +1,80 @@
+"""Objectives: which output meets which column."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
+from rlhf_ray.data.batches import Experience, make_sequences
+from rlhf_ray.models.forward import Outputs
+from rlhf_ray.workers.objectives import JointObjective, LanguageObjective, PolicyObjective, ValueObjective
+
+SURROGATE = ClippedPolicyLoss(
+    clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0, aggregation="token_mean"
+)
+
+
+def row(*numbers: float) -> Tensor:
+    return torch.tensor([list(numbers)], dtype=torch.float32)
+
+
+# One row: a prompt token and two response tokens.
+SEQUENCES = make_sequences([[5]], [[6, 7]])
+OUTPUTS = Outputs(logprobs=row(9, -1, -2), entropy=row(9, 0.5, 0.25), values=row(9, 1, 3), final_values=torch.zeros(1))
+EXPERIENCE = Experience(
+    sequences=SEQUENCES,
+    old_logprobs=row(9, -1, -2),
+    reference_logprobs=row(9, -1.5, -2),
+    values=row(9, 1, 3),
+    advantages=row(9, 2, -1),
+    returns=row(9, 3, 3),
+    correction=row(9, 1, 0.5),
+)
+
+
+def test_policy() -> None:
+    loss, metrics = PolicyObjective(SURROGATE, None)(OUTPUTS, EXPERIENCE)
+    # The ratio is 1: -(1 * 2) - (0.5 * -1).
+    assert loss.item() == pytest.approx(-1.5)
+    assert metrics["entropy"].item() == pytest.approx(0.75)
+
+
+def test_policy_with_kl() -> None:
+    loss, metrics = PolicyObjective(SURROGATE, KlLoss("k2", 0.4, "token_mean"))(OUTPUTS, EXPERIENCE)
+    # k2 = 0.5^2 / 2 on the first response token, 0 on the second.
+    assert metrics["kl_loss"].item() == pytest.approx(0.05)
+    assert loss.item() == pytest.approx(-1.45)
+
+
+def test_value() -> None:
+    loss, _ = ValueObjective(ValueLoss(0.0, "token_mean"))(OUTPUTS, EXPERIENCE)
+    assert loss.item() == pytest.approx(0.5 * 4)
+
+
+def test_joint() -> None:
+    objective = JointObjective(PolicyObjective(SURROGATE, None), ValueObjective(ValueLoss(0.0, "token_mean")), 0.1)
+    loss, metrics = objective(OUTPUTS, EXPERIENCE)
+    assert loss.item() == pytest.approx(-1.5 + 0.1 * 2)
+    assert metrics["policy_loss"].item() == pytest.approx(-1.5)
+    assert metrics["critic/loss"].item() == pytest.approx(2.0)
+    assert metrics["critic/value"].item() == pytest.approx(4.0)
+
+
+def test_language() -> None:
+    loss, _ = LanguageObjective()(OUTPUTS, SEQUENCES)
+    assert loss.item() == pytest.approx(3.0)
+
+
+def test_entropy_is_trained_only_where_its_weight_is_not_zero() -> None:
+    assert PolicyObjective(SURROGATE, None).entropy == "reported"
+    bonus = ClippedPolicyLoss(
+        clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.1, aggregation="token_mean"
+    )
+    assert PolicyObjective(bonus, None).entropy == "trained"
+
+
+def test_units_must_agree() -> None:
+    with pytest.raises(AssertionError, match="one aggregation"):
+        PolicyObjective(SURROGATE, KlLoss("k2", 0.1, "sequence_mean"))
+    with pytest.raises(AssertionError, match="one aggregation"):
+        JointObjective(PolicyObjective(SURROGATE, None), ValueObjective(ValueLoss(0.2, "sequence_mean")), 1.0)

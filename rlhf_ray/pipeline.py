@@ -15,10 +15,8 @@ from rlhf_ray.config.rules import reward_names
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.texts import load_texts, texts_for_tokenizer
 from rlhf_ray.distributed.groups import RayGroup, WorkerGroup, gather
-from rlhf_ray.distributed.locations import choose_transport
 from rlhf_ray.distributed.placement import Cluster, Placement, RoleRequest
 from rlhf_ray.distributed.tracing import Recorder
-from rlhf_ray.distributed.transports import TransportSpec
 from rlhf_ray.engines.vllm_generation import engine_environment
 from rlhf_ray.models.loading import load_config, load_tokenizer, save_new_model
 from rlhf_ray.plan import check_data
@@ -27,7 +25,7 @@ from rlhf_ray.trainers.metrics import check_tracking
 from rlhf_ray.trainers.ppo import KlController, PpoGroups, train_ppo
 from rlhf_ray.trainers.run import RunFolder, StageRun
 from rlhf_ray.trainers.sft import total_steps, train_sft
-from rlhf_ray.trainers.weight_sync import WeightSync, probe_limits
+from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.scorers import ClassifierScorer, FunctionScorer, ModelScorer, ReferenceScorer, RewardScorer
@@ -184,8 +182,9 @@ def _run_ppo(site: _Site, stage: schema.Ppo) -> None:
         weights = WeightSync(
             groups.policy,
             groups.generator,
-            new_spec=lambda: _transport(site.config.placement, groups, stage.generator.tensor_parallel),
-            limits=probe_limits(stage.policy.dtype, stage.generator.dtype),
+            settings=site.config.placement,
+            generator_settings=stage.generator,
+            learner_dtype=stage.policy.dtype,
         )
         learners = {"policy": groups.policy}
         if groups.critic is not None and groups.critic is not groups.policy:
@@ -288,24 +287,6 @@ def _start_reward(
         return placement.start(role, ClassifierScorer, config=settings)
     return placement.start(
         role, ModelScorer, config=settings, model=_absolute(site.model(settings.model)), policy_tokenizer=policy_tokenizer
-    )
-
-
-def _transport(settings: schema.Placement, groups: PpoGroups, tensor_parallel: int) -> TransportSpec:
-    """A fresh way from the policy's first learner to every generator."""
-    (address, port), sender, receivers = gather(
-        groups.policy.first(Learner.open_store, settings.sync_timeout_s),
-        groups.policy.first(Learner.location),
-        groups.generator.all(Generator.location),
-    )
-    kind = choose_transport(sender, receivers) if settings.transport == "auto" else settings.transport
-    return TransportSpec(
-        kind=kind,
-        address=address,
-        port=port,
-        receivers=len(receivers) * tensor_parallel,
-        timeout_s=settings.sync_timeout_s,
-        bucket_bytes=settings.bucket_mib << 20,
     )
 
 

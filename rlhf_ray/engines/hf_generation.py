@@ -70,9 +70,9 @@ class HfEngine:
             tokens.append(token)
             logprobs.append(float(distribution[token]))
             fresh = [token]
-            text = self._text(prompt + tokens)[len(before) :]
             if token in self._stop_token_ids:
-                return Sample(tokens, logprobs, True, text)
+                return Sample(tokens, logprobs, True, self._text(prompt + tokens[:-1])[len(before) :])
+            text = self._text(prompt + tokens)[len(before) :]
             ends = [text.index(stop) for stop in sampling.stop if stop in text]
             if ends and len(tokens) >= sampling.min_new_tokens:
                 return Sample(tokens, logprobs, True, text[: min(ends)])

@@ -102,7 +102,7 @@ class WeightSync:
     def _new_spec(self) -> TransportSpec:
         sender, port, receivers = gather(
             self._policy.first(Learner.endpoint),
-            self._policy.first(Learner.open_store, self._settings.call_timeout_s),
+            self._policy.first(Learner.open_store, self._settings.sync_timeout_s),
             self._generator.all(Generator.endpoint),
         )
         wanted = self._settings.transport
@@ -111,7 +111,7 @@ class WeightSync:
             address=sender_address(sender, receivers),
             port=port,
             receivers=self._receivers,
-            timeout_s=self._settings.call_timeout_s,
+            timeout_s=self._settings.sync_timeout_s,
             bucket_bytes=self._settings.bucket_mib << 20,
         )
 

@@ -11,7 +11,6 @@ from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Batch, Prompts, Rollouts, Sequences, make_sequences
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.distributed.faults import fault
-from rlhf_ray.distributed.locations import Location, here
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.transports import Endpoint, ReceivedWeights, TransportSpec, this_endpoint
 from rlhf_ray.engines.generation import GenerationEngine
@@ -154,10 +153,6 @@ class Generator:
     def _next_tokens(self) -> list[tuple[int, float]]:
         samples = self.engine.generate(self._probe_prompts, _GREEDY, seeds=[0] * len(self._probe_prompts))
         return [(sample.token_ids[0], sample.logprobs[0]) for sample in samples]
-
-    def location(self) -> Location:
-        """Where the weights lie; with tensor parallelism, those of the first part."""
-        return here()
 
     def memory(self) -> float:
         """Peak memory of the worker in GiB: the GPU's where there is one, else the process's."""

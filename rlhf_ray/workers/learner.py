@@ -7,7 +7,6 @@ workers and micro-batches, the gradient is that of one pass over all of it.
 from __future__ import annotations
 
 import math
-import os
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from rlhf_ray.data.batches import Batch, Sequences
 from rlhf_ray.data.packing import balance, plan_micro_batches
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.distributed.faults import fault
-from rlhf_ray.distributed.locations import Location, here
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.transports import (
     Endpoint,
@@ -150,12 +148,12 @@ class Learner:
     def _judge(self, sequences: Sequences, temperature: float | None) -> Iterator[tuple[list[int], Outputs]]:
         self.engine.train(False)
         plan = self._micro_batches(sequences)
+        # At ZeRO 3 a forward pass gathers shards from all ranks, so all ranks make the same number of them.
+        fillers = self._most(len(plan)) - len(plan) if self.engine.stage == 3 else 0
         for rows in plan:
             yield rows, self._forward(sequences.select(rows), "off", temperature)
-        if self.engine.stage == 3:
-            # Every forward pass gathers shards from all ranks, so all ranks make the same number of them.
-            for _ in range(self._most(len(plan)) - len(plan)):
-                self._forward(_filler(), "off", temperature)
+        for _ in range(fillers):
+            self._forward(_filler(), "off", temperature)
 
     # ------------------------------------------------------------------------------ learning
 
@@ -261,13 +259,9 @@ class Learner:
         """Where this worker stands."""
         return this_endpoint()
 
-    def location(self) -> Location:
-        """Where the weights lie."""
-        return here()
-
-    def open_store(self, timeout_s: float) -> tuple[str, int]:
-        """Opens the store that a transfer of weights is arranged through, in this process; its address and port."""
-        return os.environ.get("MASTER_ADDR", "localhost"), open_store(timeout_s)
+    def open_store(self, timeout_s: float) -> int:
+        """Opens the store that transfers are arranged through, in this process; its port."""
+        return open_store(timeout_s)
 
     def send_weights(self, spec: TransportSpec, version: int) -> SentWeights:
         """Sends the language model's weights to the generators; every worker calls it, the first one sends.

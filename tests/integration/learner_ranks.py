@@ -1,0 +1,130 @@
+"""One rank of a group of learners; tests start it with RANK and WORLD_SIZE, and read the tensors and numbers it leaves.
+
+    python learner_ranks.py MODEL_DIRECTORY OUTPUT_DIRECTORY
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, ValueLoss
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Experience, Sequences, make_sequences
+from rlhf_ray.distributed.place import Place
+from rlhf_ray.workers.learner import Learner
+from rlhf_ray.workers.objectives import JointObjective, LanguageObjective, PolicyObjective, ValueObjective
+
+RUNS: dict[str, dict[str, Any]] = {
+    "zero0": {"zero": 0},
+    "zero1": {"zero": 1},
+    "zero2": {"zero": 2, "micro_batch_tokens": 20},
+    "zero3": {"zero": 3, "micro_batch_sequences": 1},
+    "zero2_offload": {"zero": 2, "cpu_offload": True},
+    "zero3_checkpointing": {"zero": 3, "activation_checkpointing": True},
+    "zero3_bfloat16": {"zero": 3, "dtype": "bfloat16"},
+}
+
+
+def draw_sequences(rows: int) -> Sequences:
+    """Rows of random tokens, of lengths from 4 to 30."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(3, 290, (length,), generator=generator).tolist()
+
+    lengths = torch.randint(2, 16, (rows, 2), generator=generator).tolist()
+    return make_sequences([draw(prompt) for prompt, _ in lengths], [draw(response) for _, response in lengths])
+
+
+def draw_experience(sequences: Sequences) -> Experience:
+    """Experience with random numbers."""
+    generator = torch.Generator().manual_seed(2)
+    columns = [torch.randn(sequences.tokens.shape, generator=generator) for _ in range(5)]
+    old = columns[0] * 0.1 - 5.7
+    return Experience(
+        sequences=sequences,
+        old_logprobs=old,
+        reference_logprobs=old,
+        values=columns[1] * 0.1,
+        advantages=columns[2],
+        returns=columns[3],
+        correction=torch.ones_like(old),
+    )
+
+
+def run(name: str, model: Path, output: Path) -> dict[str, Any]:
+    """Trains, saves, trains on, and repeats the last part from what was saved."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    optimizer = schema.Optimizer(learning_rate=1e-2, betas=(0.0, 0.0), eps=1.0, gradient_clip=1.0, schedule="cosine")
+    sequences = draw_sequences(7)
+    experience = draw_experience(sequences)
+    policy = PolicyObjective(
+        ClippedPolicyLoss(
+            clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0, aggregation="token_mean"
+        ),
+        None,
+    )
+    joint = JointObjective(policy, ValueObjective(ValueLoss(0.2, "token_mean")), 0.5)
+
+    def start() -> Learner:
+        return Learner(
+            Place("policy", rank, size),
+            config=schema.Learner(**RUNS[name], optimizer=optimizer),
+            model=str(model),
+            revision=None,
+            head="both",
+            seed=1,
+            total_steps=20,
+            timeout_s=60,
+        )
+
+    def weights(learner: Learner) -> dict[str, torch.Tensor]:
+        pairs = (pair for bucket in learner.weights(bucket_bytes=100_000) for pair in map(_copied, bucket))
+        return dict(pairs)
+
+    learner = start()
+    metrics = [learner.update(experience, joint, epochs=1, mini_batches=2, iteration=1)]
+    learner.save(output / name / "saved")
+    metrics.append(learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2))
+    trained = weights(learner)
+    # Unlike numbers of rows on the ranks, and none on the last.
+    mine = sequences.select([0, 1, 2, 3, 4, 5, 6] if rank == 0 else [])
+    logprobs = learner.logprobs(mine)
+    evaluated = learner.evaluate_loss(sequences)
+    learner.save_model(output / name / "model")
+    learner.close()
+
+    resumed = start()
+    resumed.load(output / name / "saved")
+    again = resumed.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2)
+    same = again == metrics[1] and all(torch.equal(tensor, trained[key]) for key, tensor in weights(resumed).items())
+    one_row = resumed.update(sequences.select([3]), LanguageObjective(), epochs=1, mini_batches=1, iteration=3)
+    os.environ["RLHF_RAY_FAULT"] = f"update:policy:{size - 1}:4:nan"
+    skipped = resumed.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=4)
+    resumed.close()
+    if rank == 0:
+        save_file(trained | {"logprobs": logprobs}, output / f"{name}.safetensors")
+    return {
+        "metrics": metrics,
+        "resumed_equal": same,
+        "evaluated": evaluated,
+        "one_row": one_row,
+        "skipped": skipped["guard/skipped_steps"],
+    }
+
+
+def _copied(pair: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    return pair[0], pair[1].clone()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target = Path(sys.argv[2])
+    names = sys.argv[3].split(",")
+    found = {name: run(name, Path(sys.argv[1]), target) for name in names}
+    (target / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))

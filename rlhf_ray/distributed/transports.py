@@ -500,7 +500,7 @@ class Receiver(_Side):
         # The engine keeps references until a layer is complete, and the sender writes over the bucket: so copy.
         with self._in_words(f"receiving bucket {bucket}"):
             if self._wire is None:
-                self._wire = _attach_wire(self.spec, layout["wire"])
+                self._wire = _attach_wire(self.spec, layout["wire"], rank=self.rank)
             source = self._wire.fetch(bucket, layout["bytes"])
         for piece in layout["pieces"]:
             name, total = piece["name"], piece["total"]
@@ -754,40 +754,44 @@ class _CudaPages(_Wire):
 
     slots = 2
 
-    def __init__(self, flat: Tensor, slot_bytes: int) -> None:
+    def __init__(self, flat: Tensor, slot_bytes: int, description: dict[str, Any]) -> None:
         self._flat = flat
         self._slot_bytes = slot_bytes
+        self._description = description
 
     @classmethod
-    def create(cls, slot_bytes: int) -> Self:
-        return cls(torch.empty(2 * slot_bytes, dtype=torch.uint8, device="cuda"), slot_bytes)
+    def create(cls, slot_bytes: int, *, receivers: int) -> Self:
+        flat = torch.empty(2 * slot_bytes, dtype=torch.uint8, device="cuda")
+        storage: Any = flat.untyped_storage()
+        # torch counts who has opened a handle, so each receiver gets one of its own.
+        handles = [
+            [{"bytes": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for v in storage._share_cuda_()]
+            for _ in range(receivers)
+        ]
+        uuid = str(torch.cuda.get_device_properties(flat.device).uuid)
+        return cls(flat, slot_bytes, {"uuid": uuid, "slot_bytes": slot_bytes, "handles": handles})
 
     @classmethod
-    def attach(cls, description: dict[str, Any]) -> Self:
+    def attach(cls, description: dict[str, Any], *, rank: int) -> Self:
         uuid, slot_bytes = description["uuid"], description["slot_bytes"]
         devices = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
         if uuid not in devices:
             raise WeightSyncError(f"weight transfer: cuda_ipc wants GPU {uuid}, this process sees {sorted(devices)}")
-        fields = [
-            base64.b64decode(value["bytes"]) if isinstance(value, dict) else value for value in description["handle"]
+        _, *fields = [
+            base64.b64decode(value["bytes"]) if isinstance(value, dict) else value
+            for value in description["handles"][rank]
         ]
-        storage: Any = torch.UntypedStorage
-        storage = storage._new_shared_cuda(devices[uuid], *fields[1:])
+        storages: Any = torch.UntypedStorage
+        storage = storages._new_shared_cuda(devices[uuid], *fields)
         flat = torch.empty(0, dtype=torch.uint8, device=f"cuda:{devices[uuid]}").set_(storage)
-        return cls(flat, slot_bytes)
+        return cls(flat, slot_bytes, description)
 
     def slot(self, bucket: int) -> Tensor:
         start = bucket % 2 * self._slot_bytes
         return self._flat[start : start + self._slot_bytes]
 
     def description(self) -> dict[str, Any]:
-        storage: Any = self._flat.untyped_storage()
-        handle = [
-            {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
-            for value in storage._share_cuda_()
-        ]
-        uuid = str(torch.cuda.get_device_properties(self._flat.device).uuid)
-        return {"uuid": uuid, "slot_bytes": self._slot_bytes, "handle": handle}
+        return self._description
 
     def before_publish(self) -> None:
         torch.cuda.current_stream().synchronize()
@@ -849,13 +853,15 @@ def _make_wire(spec: TransportSpec, store: Store, *, rank: int) -> _Wire:
         case "shared_memory":
             return _SharedPages.create(spec.bucket_bytes)
         case "cuda_ipc":
-            return _CudaPages.create(spec.bucket_bytes)
+            return _CudaPages.create(spec.bucket_bytes, receivers=spec.receivers)
         case _:
             return _Broadcast(spec, store, rank)
 
 
-def _attach_wire(spec: TransportSpec, description: dict[str, Any]) -> _Wire:
-    return _SharedPages.attach(description) if spec.kind == "shared_memory" else _CudaPages.attach(description)
+def _attach_wire(spec: TransportSpec, description: dict[str, Any], *, rank: int) -> _Wire:
+    if spec.kind == "shared_memory":
+        return _SharedPages.attach(description)
+    return _CudaPages.attach(description, rank=rank)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

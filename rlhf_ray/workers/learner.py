@@ -204,7 +204,9 @@ class Learner:
             loss, metrics = objective(outputs, part)
             # DeepSpeed averages gradients over the ranks; the sum over them is wanted.
             weight = self.place.size / units if counts else 0.0
-            self.engine.backward(loss * (math.nan if poison else weight))
+            # A head that the objective leaves out gets a gradient of zero; without one ZeRO 3 uses its last one again.
+            unused = 0.0 * (outputs.logprobs.sum() + outputs.values.sum())
+            self.engine.backward(loss * (math.nan if poison else weight) + unused)
             for name, value in ({"loss": loss.detach()} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + (float(value) if counts else 0.0)
         norm, rate = self.engine.step()

@@ -54,7 +54,9 @@ class ReferenceScorer:
         self.place = place
         self._device = _device()
         network = load_causal_lm(model, revision, config.dtype).to(self._device)
-        self._layout: Layout = "packed" if supports_packing(network) else "padded"
+        # Packs are attended to as a whole on a CPU; rows of similar length side by side take half the time there.
+        packs = self._device.type == "cuda" and supports_packing(network)
+        self._layout: Layout = "packed" if packs else "padded"
         self._network = LanguageModel(network)
         self._max_tokens = _token_budget(config.micro_batch_tokens, self._device)
 

@@ -1,6 +1,6 @@
 """One rank of a group of learners; tests start it with RANK and WORLD_SIZE, and read the tensors and numbers it leaves.
 
-    python learner_ranks.py MODEL_DIRECTORY OUTPUT_DIRECTORY
+python learner_ranks.py MODEL_DIRECTORY OUTPUT_DIRECTORY
 """
 
 import json
@@ -22,10 +22,8 @@ from rlhf_ray.workers.objectives import JointObjective, LanguageObjective, Polic
 RUNS: dict[str, dict[str, Any]] = {
     "zero0": {"zero": 0},
     "zero1": {"zero": 1},
-    "zero2": {"zero": 2, "micro_batch_tokens": 20},
-    "zero3": {"zero": 3, "micro_batch_sequences": 1},
-    "zero2_offload": {"zero": 2, "cpu_offload": True},
-    "zero3_checkpointing": {"zero": 3, "activation_checkpointing": True},
+    "zero2": {"zero": 2, "cpu_offload": True, "micro_batch_tokens": 20},
+    "zero3": {"zero": 3, "activation_checkpointing": True, "micro_batch_sequences": 1},
     "zero3_bfloat16": {"zero": 3, "dtype": "bfloat16"},
 }
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from learner_ranks import RUNS, draw_sequences
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-from learner_ranks import RUNS, draw_sequences
 
 FLOAT32 = [name for name in RUNS if "bfloat16" not in name]
 
@@ -70,7 +69,9 @@ def test_two_ranks_learn_what_one_learns(
     found_weights = load_file(folder / "pair" / f"{name}.safetensors")
     assert found_weights.keys() == wanted_weights.keys()
     for key, wanted_tensor in wanted_weights.items():
-        torch.testing.assert_close(found_weights[key], wanted_tensor, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            found_weights[key], wanted_tensor, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", list(RUNS))

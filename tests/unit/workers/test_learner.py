@@ -203,7 +203,8 @@ def test_every_epoch_sees_every_row_once_in_a_new_order(make: MakeLearner) -> No
     learner.update(rows, other, epochs=2, mini_batches=4, iteration=2)
     seen: list[list[int]] = first.seen  # type: ignore[attr-defined]
     assert [len(part) for part in seen] == [2] * 8
-    assert sorted(sum(seen[:4], [])) == sorted(sum(seen[4:], [])) == list(range(10, 18))
+    for epoch in (seen[:4], seen[4:]):
+        assert sorted(row for part in epoch for row in part) == list(range(10, 18))
     assert seen[:4] != seen[4:]
     assert seen == again.seen  # type: ignore[attr-defined]
     assert seen != other.seen  # type: ignore[attr-defined]
@@ -313,9 +314,7 @@ class _Payload:
         return os.system, ("touch executed",)
 
 
-def test_code_in_a_checkpoint_is_not_run(
-    make: MakeLearner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_in_a_checkpoint_is_not_run(make: MakeLearner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     learner = make()
     learner.save(tmp_path)

@@ -18,7 +18,7 @@ from rlhf_ray.distributed.groups import RayGroup, WorkerGroup, gather
 from rlhf_ray.distributed.placement import Cluster, Placement, RoleRequest
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.engines.vllm_generation import engine_environment
-from rlhf_ray.models.loading import load_config, load_tokenizer, save_new_model
+from rlhf_ray.models.loading import load_tokenizer, save_new_model
 from rlhf_ray.plan import check_data
 from rlhf_ray.trainers.durable import write_folder
 from rlhf_ray.trainers.metrics import check_tracking
@@ -201,7 +201,9 @@ def _ppo_requests(stage: schema.Ppo, *, gpus: float) -> list[RoleRequest]:
         requests.append(_learner_request("critic", critic))
     if stage.kl_place != "off":
         requests.append(_request("reference", stage.reference))
-    requests += [_request(f"reward/{name}", reward) for name, reward in zip(reward_names(stage), stage.reward, strict=True)]
+    requests += [
+        _request(f"reward/{name}", reward) for name, reward in zip(reward_names(stage), stage.reward, strict=True)
+    ]
     on_gpu = bool(gpus if stage.generator.gpus is None else stage.generator.gpus)
     environment = engine_environment(stage.generator, gpu=on_gpu)
     requests.append(_request("generator", stage.generator, env=environment, reuse="generator"))
@@ -259,7 +261,9 @@ def _start_ppo(site: _Site, stage: schema.Ppo, placement: Placement, model: str,
     critic: RayGroup[Learner] | None = policy if shared_trunk else None
     if critic_settings is not None and not shared_trunk:
         own = critic_settings.model
-        name, revision = (model, stage.policy.revision) if own is None else (site.model(str(own)), critic_settings.revision)
+        name, revision = (
+            (model, stage.policy.revision) if own is None else (site.model(str(own)), critic_settings.revision)
+        )
         critic = learner("critic", critic_settings, "value", name, revision)
     reference: RayGroup[ReferenceScorer] | None = None
     if stage.kl_place != "off":
@@ -271,7 +275,9 @@ def _start_ppo(site: _Site, stage: schema.Ppo, placement: Placement, model: str,
         started.append(reference)
     rewards: dict[str, WorkerGroup[RewardScorer]] = {}
     for name, settings in zip(reward_names(stage), stage.reward, strict=True):
-        group = _start_reward(site, placement, f"reward/{name}", settings, policy_tokenizer=tokenizer or _absolute(model))
+        group = _start_reward(
+            site, placement, f"reward/{name}", settings, policy_tokenizer=tokenizer or _absolute(model)
+        )
         started.append(group)
         rewards[name] = group
     gather(*(group.ready for group in started))
@@ -286,7 +292,11 @@ def _start_reward(
     if isinstance(settings, schema.ClassifierReward):
         return placement.start(role, ClassifierScorer, config=settings)
     return placement.start(
-        role, ModelScorer, config=settings, model=_absolute(site.model(settings.model)), policy_tokenizer=policy_tokenizer
+        role,
+        ModelScorer,
+        config=settings,
+        model=_absolute(site.model(settings.model)),
+        policy_tokenizer=policy_tokenizer,
     )
 
 

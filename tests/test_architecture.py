@@ -72,7 +72,9 @@ def test_algorithms_are_torch_alone() -> None:
     for path in (PACKAGE / "algorithms").glob("*.py"):
         modules = set(imported_modules(ast.parse(path.read_text())))
         assert {module.split(".")[0] for module in modules} <= allowed, path
-        assert all(m.startswith(("rlhf_ray.algorithms", "rlhf_ray.shapes")) for m in modules if m.startswith("rlhf_ray"))
+        assert all(
+            m.startswith(("rlhf_ray.algorithms", "rlhf_ray.shapes")) for m in modules if m.startswith("rlhf_ray")
+        )
 
 
 def unsafe_calls(source: str) -> list[str]:
@@ -96,5 +98,5 @@ def test_nothing_unpickles_or_evaluates(path: Path) -> None:
 
 
 def test_unsafe_calls_are_found() -> None:
-    source = "torch.load(f)\ntorch.load(f, weights_only=True)\nyaml.load(f)\nAutoModel.from_pretrained(x, trust_remote_code=True)"
+    source = "torch.load(f)\ntorch.load(f, weights_only=True)\nyaml.load(f)\nload(x, trust_remote_code=True)"
     assert [line.split(":")[0] for line in unsafe_calls(source)] == ["line 1", "line 3", "line 4"]

@@ -25,7 +25,7 @@ from rlhf_ray.algorithms.rewards import shape_scores, token_rewards
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Experience, Rollouts
 from rlhf_ray.data.prompts import PromptSet
-from rlhf_ray.distributed.groups import WorkerGroup, gather
+from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum
 from rlhf_ray.trainers.metrics import experience_metrics, rollout_metrics
@@ -33,7 +33,7 @@ from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.learner import Learner, Values
-from rlhf_ray.workers.objectives import JointObjective, PolicyObjective, ValueObjective
+from rlhf_ray.workers.objectives import JointObjective, Objective, PolicyObjective, ValueObjective
 from rlhf_ray.workers.scorers import ReferenceScorer, RewardScorer
 
 KlController = FixedKlController | AdaptiveKlController
@@ -103,7 +103,7 @@ def evaluate(
 def gather_judgements(
     config: schema.Ppo, groups: PpoGroups, rollouts: Rollouts
 ) -> tuple[dict[str, SequenceFloat], TokenFloat, TokenFloat, Values]:
-    """Each scorer's scores [B] by name, log pi_ref and log pi_old [B, T], and the critic's values, all asked at once."""
+    """Each scorer's scores [B] by name, log pi_ref and log pi_old [B, T], and the values, asked for at once."""
     temperature = config.sampling.temperature
     sequences = rollouts.sequences
     scores = [group.split(RewardScorer.score, rollouts) for group in groups.rewards.values()]
@@ -222,19 +222,28 @@ def update(
     kl = KlLoss(config.kl_estimator, coefficient, settings.aggregation) if config.kl_place == "loss" else None
     policy = PolicyObjective(surrogate, kl)
     value = ValueObjective(ValueLoss(config.value_loss.clip, settings.aggregation))
-    steps = {"epochs": config.epochs, "mini_batches": config.mini_batches, "iteration": iteration}
     critic = config.critic_role
+
+    def learn(group: WorkerGroup[Learner], objective: Objective[Experience]) -> Pending[list[dict[str, float]]]:
+        return group.all(
+            Learner.update,
+            experience,
+            objective,
+            epochs=config.epochs,
+            mini_batches=config.mini_batches,
+            iteration=iteration,
+        )
+
     if critic is None:
-        return prefixed("policy", groups.policy.all(Learner.update, experience, policy, **steps).result()[0])
+        return prefixed("policy", learn(groups.policy, policy).result()[0])
     if critic.kind == "value_head":
         joint = JointObjective(policy, value, config.value_loss.coefficient)
-        return prefixed("policy", groups.policy.all(Learner.update, experience, joint, **steps).result()[0])
+        return prefixed("policy", learn(groups.policy, joint).result()[0])
     assert groups.critic is not None, "a critic network has a group"
-    learning = [groups.critic.all(Learner.update, experience, value, **steps)]
-    if iteration > critic.warmup_iterations:
-        learning.append(groups.policy.all(Learner.update, experience, policy, **steps))
-    stats = [ranks[0] for ranks in gather(*learning)]
-    return {name: value for role, found in zip(("critic", "policy"), stats) for name, value in prefixed(role, found).items()}
+    if iteration <= critic.warmup_iterations:
+        return prefixed("critic", learn(groups.critic, value).result()[0])
+    of_policy, of_critic = gather(learn(groups.policy, policy), learn(groups.critic, value))
+    return prefixed("policy", of_policy[0]) | prefixed("critic", of_critic[0])
 
 
 def prefixed(role: str, stats: dict[str, float]) -> dict[str, float]:

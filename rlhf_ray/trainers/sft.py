@@ -30,7 +30,8 @@ def train_sft(
         metrics = {name if "/" in name else f"policy/{name}": value for name, value in stats.items()}
         metrics["policy/tokens"] = float(batch.attention_mask.sum())
         if held_out is not None and run.evaluation_due(step, every=config.evaluation.every):
-            metrics |= evaluate_texts(policy, held_out)
+            with run.evaluating():
+                metrics |= evaluate_texts(policy, held_out)
         run.finish_iteration(metrics)
 
 

@@ -80,7 +80,12 @@ def test_classic_shape_gpt2_classifier_and_reward_model(tmp_path: Path, cluster:
         tmp_path,
         policy={"model": policy},
         reward=[
-            {"kind": "classifier", "model": make_classifier(tmp_path / "classifier"), "label": "POSITIVE", "weight": 2.0},
+            {
+                "kind": "classifier",
+                "model": make_classifier(tmp_path / "classifier"),
+                "label": "POSITIVE",
+                "weight": 2.0,
+            },
             {"kind": "model", "model": judge, "weight": 0.5},
         ],
         data={"prompt_length": {"min": 2, "max": 5}},

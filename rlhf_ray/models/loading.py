@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
+import httpx
 import torch
 import transformers
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -51,7 +54,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     with _plain_words(name, revision, "tokenizer"):
         tokenizer = cast(
             PreTrainedTokenizerBase,
-            AutoTokenizer.from_pretrained(_local(name), revision=revision, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(_local(name), **_source(name, revision), trust_remote_code=False),
         )
     if len(tokenizer) == 0:
         raise ConfigError(f"{name}: no tokenizer found; give a tokenizer's directory or hub name under `tokenizer`")
@@ -69,7 +72,8 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """
     with _plain_words(name, revision, "model"):
         return cast(
-            PretrainedConfig, AutoConfig.from_pretrained(_local(name), revision=revision, trust_remote_code=False)
+            PretrainedConfig,
+            AutoConfig.from_pretrained(_local(name), **_source(name, revision), trust_remote_code=False),
         )
 
 
@@ -119,7 +123,7 @@ def load_eos_token_ids(name: str, revision: str | None, tokenizer: PreTrainedTok
     """Every id that ends a sequence of the model at `name`, sorted; its files are read, its weights are not."""
     config = load_config(name, revision)
     try:
-        generation = GenerationConfig.from_pretrained(_local(name), revision=revision)
+        generation = GenerationConfig.from_pretrained(_local(name), **_source(name, revision))
     except OSError:
         generation = None
     return eos_token_ids(tokenizer, config, generation)
@@ -215,11 +219,13 @@ def quiet_transformers() -> None:
 
 def _load(auto: Any, name: str, revision: str | None, dtype: DTypeName, kind: str) -> PreTrainedModel:
     quiet_transformers()
+    config = load_config(name, revision)
     with _plain_words(name, revision, "model"):
         try:
             model, report = auto.from_pretrained(
                 _local(name),
-                revision=revision,
+                **_source(name, revision),
+                config=config,
                 dtype=torch_dtype(dtype),
                 attn_implementation="sdpa",
                 trust_remote_code=False,
@@ -239,6 +245,24 @@ def _load(auto: Any, name: str, revision: str | None, dtype: DTypeName, kind: st
 
 def _local(name: str) -> str:
     return os.path.expanduser(name)
+
+
+def _source(name: str, revision: str | None) -> dict[str, Any]:
+    """What says to from_pretrained where to look; without a hub only in directories and in the cache."""
+    offline = not Path(_local(name)).is_dir() and not _hub_answers()
+    return {"revision": revision, "local_files_only": offline}
+
+
+@cache
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; asked once, because its own client retries every file for 20 seconds."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=10.0)
+    except httpx.TransportError:
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from learner_ranks import RUNS, draw_sequences
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from tests.integration.learner_ranks import RUNS, draw_sequences
 
 FLOAT32 = [name for name in RUNS if "bfloat16" not in name]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_ray.distributed import transports
+from rlhf_ray.distributed import transports, wires
 from rlhf_ray.distributed.transports import (
     Endpoint,
     ReceivedWeights,
@@ -139,7 +139,7 @@ def test_one_sender_and_receiver_serve_many_transfers(kind: str) -> None:
 
 
 def test_shared_memory_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(transports, "_shared_folder", lambda needed: str(tmp_path))
+    monkeypatch.setattr(wires, "_shared_folder", lambda needed: str(tmp_path))
     orphan = tmp_path / "rlhf_ray-weights-dead"
     orphan.write_bytes(b"left by a sender that was killed")
     spec = make_spec()
@@ -152,9 +152,9 @@ def test_shared_memory_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_segment_of_a_living_sender_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transports, "_shared_folder", lambda needed: str(tmp_path))
-    living = transports._SharedPages.create(64)
-    transports._remove_stale(str(tmp_path))
+    monkeypatch.setattr(wires, "_shared_folder", lambda needed: str(tmp_path))
+    living = wires.SharedPages.create(64)
+    wires._remove_stale(str(tmp_path))
     assert [str(path) for path in tmp_path.iterdir()] == [living.path]
     living.close()
 
@@ -238,7 +238,7 @@ def test_full_memory_is_an_error_and_not_a_bus_error(monkeypatch: pytest.MonkeyP
 
 
 def test_a_small_model_takes_little_shared_memory() -> None:
-    wire = transports._SharedPages.create(256 << 20)
+    wire = wires.SharedPages.create(256 << 20)
     wire.reserve(0, 0, 5000)
     wire.reserve(0, 2000, 1000)
     wire.reserve(1, 0, 100)

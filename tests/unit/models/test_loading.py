@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
@@ -137,9 +139,21 @@ def test_tokenizer_of_another_model_is_refused(llama_directory: Path) -> None:
         check_vocabulary("model", load_config(str(llama_directory)), larger)
 
 
-def _response(status: int) -> Any:
-    import httpx
+def test_hub_out_of_reach_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.constants, "ENDPOINT", "http://127.0.0.1:9")
+    loading._hub_answers.cache_clear()
+    start = time.monotonic()
+    try:
+        with pytest.raises(ConfigError, match="hub cannot be reached"):
+            load_causal_lm("someone/some-model")
+        with pytest.raises(ConfigError, match="hub cannot be reached"):
+            load_tokenizer("someone/some-model")
+    finally:
+        loading._hub_answers.cache_clear()
+    assert time.monotonic() - start < 5
 
+
+def _response(status: int) -> Any:
     return httpx.Response(status, request=httpx.Request("GET", "https://hub"))
 
 
@@ -157,6 +171,7 @@ def test_hub_errors_become_plain_words(monkeypatch: pytest.MonkeyPatch, cause: E
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("many lines of advice") from cause
 
+    monkeypatch.setattr(loading, "_hub_answers", lambda: True)
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ConfigError, match=words):
         load_config("someone/some-model", "main2")

@@ -1,0 +1,281 @@
+"""The wires under the transports: how a bucket's bytes get from the sender's process into a receiver's."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import mmap
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from rlhf_ray.errors import WeightSyncError
+
+TransportKind: TypeAlias = Literal["shared_memory", "gloo", "nccl", "cuda_ipc"]
+
+
+class Wire(ABC):
+    """Moves a bucket's bytes; `slots` buckets can be under way at once."""
+
+    slots: int
+
+    @abstractmethod
+    def slot(self, bucket: int) -> Tensor:
+        """The sender's buffer for a bucket, uint8."""
+
+    def reserve(self, bucket: int, start: int, length: int) -> None:  # noqa: B027
+        """Makes sure that these bytes of the sender's buffer can be written."""
+
+    def description(self) -> Any:
+        """What a receiver needs to attach, as JSON."""
+        return None
+
+    def before_publish(self) -> None:  # noqa: B027
+        """The sender's bytes must be in place when this returns."""
+
+    @abstractmethod
+    def publish(self, bucket: int, nbytes: int) -> None:
+        """The sender lets a bucket go."""
+
+    @abstractmethod
+    def fetch(self, bucket: int, nbytes: int) -> Tensor:
+        """The receiver's view of a bucket, uint8, valid until it says `taken`."""
+
+    def settle(self) -> None:  # noqa: B027
+        """Every receiver is attached and has taken everything."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what this side holds."""
+
+
+class SharedPages(Wire):
+    """Two slots in one file in memory, mapped by the sender and by every receiver of the node."""
+
+    slots = 2
+
+    def __init__(self, path: str, descriptor: int, slot_bytes: int) -> None:
+        self.path = path
+        self._slot_bytes = slot_bytes
+        self._descriptor = descriptor
+        self._reserved = [0, 0]
+        self._pages: mmap.mmap | None = mmap.mmap(descriptor, 2 * slot_bytes)
+        self._flat = torch.frombuffer(self._pages, dtype=torch.uint8)
+
+    @classmethod
+    def create(cls, slot_bytes: int) -> Self:
+        """A new segment; segments whose owner is dead are removed first."""
+        folder = _shared_folder(2 * slot_bytes)
+        _remove_stale(folder)
+        descriptor, path = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 2 * slot_bytes)
+        return cls(path, descriptor, slot_bytes)
+
+    @classmethod
+    def attach(cls, description: dict[str, Any]) -> Self:
+        path = description["path"]
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except FileNotFoundError as error:
+            raise WeightSyncError(
+                f"weight transfer: shared memory {path} is gone; a receiver on another node needs gloo, "
+                "a restarted one a new transport"
+            ) from error
+        return cls(path, descriptor, description["slot_bytes"])
+
+    def slot(self, bucket: int) -> Tensor:
+        start = bucket % 2 * self._slot_bytes
+        return self._flat[start : start + self._slot_bytes]
+
+    def reserve(self, bucket: int, start: int, length: int) -> None:
+        # Pages that memory has no room for would kill the process when written to; small models take few of them.
+        missing = start + length - self._reserved[bucket % 2]
+        if missing <= 0:
+            return
+        try:
+            os.posix_fallocate(self._descriptor, bucket % 2 * self._slot_bytes + self._reserved[bucket % 2], missing)
+        except OSError as error:
+            raise WeightSyncError(
+                f"weight transfer: no room for {missing} more bytes of a bucket in {Path(self.path).parent} "
+                f"({error.strerror}); free some, give the container a larger /dev/shm, or lower placement.bucket_mib"
+            ) from error
+        self._reserved[bucket % 2] += missing
+
+    def description(self) -> dict[str, Any]:
+        return {"path": self.path, "slot_bytes": self._slot_bytes}
+
+    def publish(self, bucket: int, nbytes: int) -> None:
+        pass
+
+    def fetch(self, bucket: int, nbytes: int) -> Tensor:
+        return self.slot(bucket)[:nbytes]
+
+    def settle(self) -> None:
+        # All have mapped it: without its name nothing is left behind, however the processes end.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def close(self) -> None:
+        if self._pages is None:
+            return
+        self.settle()
+        self._flat = torch.empty(0, dtype=torch.uint8)
+        with contextlib.suppress(BufferError):
+            self._pages.close()
+        self._pages = None
+        os.close(self._descriptor)
+
+
+_PREFIX = "rlhf_ray-weights-"
+
+
+def _shared_folder(needed: int) -> str:
+    for folder in ("/dev/shm", tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            room = os.statvfs(folder)
+            if os.access(folder, os.W_OK) and room.f_bavail * room.f_frsize > needed:
+                return folder
+    return tempfile.gettempdir()
+
+
+def _remove_stale(folder: str) -> None:
+    """Unlinks segments that nobody holds locked: their sender is dead."""
+    for path in Path(folder).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+class CudaPages(Wire):
+    """Two slots in one allocation of the sender's on a GPU, opened by the receivers on the same GPU."""
+
+    slots = 2
+
+    def __init__(self, flat: Tensor, slot_bytes: int, description: dict[str, Any]) -> None:
+        self._flat = flat
+        self._slot_bytes = slot_bytes
+        self._description = description
+
+    @classmethod
+    def create(cls, slot_bytes: int, *, receivers: int) -> Self:
+        flat = torch.empty(2 * slot_bytes, dtype=torch.uint8, device="cuda")
+        storage: Any = flat.untyped_storage()
+        # torch counts who has opened a handle, so each receiver gets one of its own.
+        handles = [
+            [{"bytes": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for v in storage._share_cuda_()]
+            for _ in range(receivers)
+        ]
+        uuid = str(torch.cuda.get_device_properties(flat.device).uuid)
+        return cls(flat, slot_bytes, {"uuid": uuid, "slot_bytes": slot_bytes, "handles": handles})
+
+    @classmethod
+    def attach(cls, description: dict[str, Any], *, rank: int) -> Self:
+        uuid, slot_bytes = description["uuid"], description["slot_bytes"]
+        devices = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+        if uuid not in devices:
+            raise WeightSyncError(f"weight transfer: cuda_ipc wants GPU {uuid}, this process sees {sorted(devices)}")
+        _, *fields = [
+            base64.b64decode(value["bytes"]) if isinstance(value, dict) else value
+            for value in description["handles"][rank]
+        ]
+        storages: Any = torch.UntypedStorage
+        storage = storages._new_shared_cuda(devices[uuid], *fields)
+        flat = torch.empty(0, dtype=torch.uint8, device=f"cuda:{devices[uuid]}").set_(storage)
+        return cls(flat, slot_bytes, description)
+
+    def slot(self, bucket: int) -> Tensor:
+        start = bucket % 2 * self._slot_bytes
+        return self._flat[start : start + self._slot_bytes]
+
+    def description(self) -> dict[str, Any]:
+        return self._description
+
+    def before_publish(self) -> None:
+        torch.cuda.current_stream().synchronize()
+
+    def publish(self, bucket: int, nbytes: int) -> None:
+        pass
+
+    def fetch(self, bucket: int, nbytes: int) -> Tensor:
+        return self.slot(bucket)[:nbytes]
+
+    def close(self) -> None:
+        self._flat = torch.empty(0, dtype=torch.uint8)
+
+
+class Broadcast(Wire):
+    """One buffer on each side and a process group of its own, beside the process's default group."""
+
+    slots = 1
+
+    def __init__(
+        self, kind: TransportKind, store: Store, *, rank: int, size: int, bucket_bytes: int, timeout_s: float
+    ) -> None:
+        timeout = timedelta(seconds=timeout_s)
+        rooms = PrefixStore("group", store)
+        self._group: Any
+        if kind == "nccl":
+            device = torch.device("cuda", torch.cuda.current_device())
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(rooms, rank, size, options)
+        else:
+            device = torch.device("cpu")
+            self._group = dist.ProcessGroupGloo(rooms, rank, size, timeout)
+        self._flat = torch.empty(bucket_bytes, dtype=torch.uint8, device=device)
+
+    def slot(self, bucket: int) -> Tensor:
+        return self._flat
+
+    def publish(self, bucket: int, nbytes: int) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        self._group.broadcast([self._flat[:nbytes]], options).wait()
+        if self._flat.is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def fetch(self, bucket: int, nbytes: int) -> Tensor:
+        self.publish(bucket, nbytes)
+        return self._flat[:nbytes]
+
+    def close(self) -> None:
+        self._flat = torch.empty(0, dtype=torch.uint8)
+        if self._group is not None and hasattr(self._group, "abort"):
+            with contextlib.suppress(RuntimeError):
+                self._group.abort()
+        self._group = None
+
+
+def make_wire(
+    kind: TransportKind, store: Store, *, rank: int, receivers: int, bucket_bytes: int, timeout_s: float
+) -> Wire:
+    """The sender's end (rank 0), or for gloo and nccl a receiver's (rank 1 and up), which all meet in the store."""
+    match kind:
+        case "shared_memory":
+            return SharedPages.create(bucket_bytes)
+        case "cuda_ipc":
+            return CudaPages.create(bucket_bytes, receivers=receivers)
+        case _:
+            size = receivers + 1
+            return Broadcast(kind, store, rank=rank, size=size, bucket_bytes=bucket_bytes, timeout_s=timeout_s)
+
+
+def attach_wire(kind: TransportKind, description: dict[str, Any], *, receiver: int) -> Wire:
+    """A receiver's end of shared memory or CUDA IPC, as the sender describes it."""
+    if kind == "shared_memory":
+        return SharedPages.attach(description)
+    return CudaPages.attach(description, rank=receiver)

@@ -243,7 +243,9 @@ def update(
     if iteration <= critic.warmup_iterations:
         return prefixed("critic", learn(groups.critic, value).result()[0])
     of_policy, of_critic = gather(learn(groups.policy, policy), learn(groups.critic, value))
-    return prefixed("policy", of_policy[0]) | prefixed("critic", of_critic[0])
+    skipped = of_policy[0]["guard/skipped_steps"] + of_critic[0]["guard/skipped_steps"]
+    both = prefixed("policy", of_policy[0]) | prefixed("critic", of_critic[0])
+    return both | {"guard/skipped_steps": skipped}
 
 
 def prefixed(role: str, stats: dict[str, float]) -> dict[str, float]:

@@ -34,12 +34,12 @@ STEP_LINES_S = 2.0
 
 # Label, metric and form of what is shown, where the metric is there.
 _FIELDS = (
-    ("reward", "reward/mean", "{:.3f}"),
-    ("held-out reward", "evaluation/reward_mean", "{:.3f}"),
-    ("loss", "policy/loss", "{:.4f}"),
+    ("reward", "reward/mean", "{:z.3f}"),
+    ("held-out reward", "evaluation/reward_mean", "{:z.3f}"),
+    ("loss", "policy/loss", "{:z.4f}"),
     ("held-out loss", "evaluation/loss", "{:.4f}"),
     ("held-out perplexity", "evaluation/perplexity", "{:.2f}"),
-    ("KL", "kl/per_sequence", "{:.2f} nats"),
+    ("KL", "kl/per_sequence", "{:z.2f} nats"),
     ("KL coefficient", "kl/coefficient", "{:.4f}"),
     ("length", "response/length_mean", "{:.1f} tokens"),
     ("speed", "generator/tokens_per_s", "{:,.0f} tokens/s"),
@@ -225,7 +225,7 @@ class PlainView:
 
 
 class LiveView:
-    """A panel that is drawn anew twice a second."""
+    """A panel that is drawn anew twice a second; `console.print(view)` draws it as it is now."""
 
     def __init__(self, stage: str, total: int, recorder: Recorder, *, unit: Unit, console: Console) -> None:
         self._stage = stage
@@ -234,7 +234,7 @@ class LiveView:
         self._console = console
         self._pace = _Pace(total)
         self._note = ""
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2)
+        self._live = Live(get_renderable=self.__rich__, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
         self._live.start(refresh=True)
@@ -259,32 +259,26 @@ class LiveView:
 
     def summary(self, summary: Summary) -> None:
         self._live.stop()
-        lines = Table.grid(padding=(0, 2))
-        for name, before, after in comparisons(summary):
-            lines.add_row(Text(name, style="bold"), Text(f"{before} → {after}"))
-        lines.add_row(Text("model", style="bold"), Text(str(summary.model)))
-        if summary.best:
-            lines.add_row(Text("best model", style="bold"), Text(str(summary.best)))
         title = Text(f"{self._stage}: done in {duration(summary.elapsed_s)}", style="bold green")
-        self._console.print(Panel(lines, title=title, box=ROUNDED, border_style="green", expand=False))
+        self._console.print(Panel(_results(summary), title=title, box=ROUNDED, border_style="green"))
         if summary.samples:
             self._console.print(_sample_table(summary.samples))
 
-    def _render(self) -> RenderableType:
+    def __rich__(self) -> RenderableType:
         pace = self._pace
         body = Table.grid(padding=(0, 2), expand=True)
         body.add_column(style="bold", no_wrap=True)
         body.add_column(ratio=1)
-        body.add_row(
-            f"{self._unit} {pace.done}/{pace.total}", ProgressBar(total=max(pace.total, 1), completed=pace.done)
-        )
-        body.add_row("now", Text(self._now()))
+        bar = ProgressBar(total=max(pace.total, 1), completed=pace.done, complete_style="cyan")
+        body.add_row(f"{self._unit} {pace.done}/{pace.total}", bar)
+        if now := self._now():
+            body.add_row("now", Text(now))
         for index, (label, value) in enumerate(shown(pace.latest)):
             line = Text(value)
             if index == 0 and len(pace.headline) > 1:
                 line.append("  " + sparkline(list(pace.headline)), style="cyan")
             body.add_row(label, line)
-        if left := pace.left():
+        if pace.done < pace.total and (left := pace.left()):
             body.add_row("time left", Text(left))
         if self._note:
             body.add_row("", Text(self._note, style="yellow"))
@@ -293,16 +287,33 @@ class LiveView:
     def _now(self) -> str:
         """The calls under way, those of one kind and time together."""
         phases = {phase(activity): activity.since for activity in reversed(self._recorder.active())}
-        return ", ".join(f"{name} {duration(time.time() - since)}" for name, since in reversed(phases.items())) or "…"
+        now = ", ".join(f"{name} {duration(time.time() - since)}" for name, since in reversed(phases.items()))
+        return now or ("…" if self._pace.done < self._pace.total else "")
+
+
+def _results(summary: Summary) -> Table:
+    """The evaluation's metrics before and after, and where the models are."""
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(ratio=1)
+    for index, (name, before, after) in enumerate(comparisons(summary)):
+        value = after if before == "-" else f"{before} → {after}"
+        table.add_row(name, Text(value, style="bold green" if index == 0 else ""))
+    table.add_row("model", Text(str(summary.model), overflow="fold"))
+    if summary.best:
+        table.add_row("best model", Text(str(summary.best), overflow="fold"))
+    return table
 
 
 def _sample_table(samples: Sequence[SamplePair]) -> Table:
-    table = Table("prompt", "before", "after", box=SIMPLE_HEAD, show_lines=True)
+    table = Table(box=SIMPLE_HEAD, show_lines=True, header_style="bold", expand=True)
+    for heading, share in (("prompt", 2), ("before", 3), ("after", 3)):
+        table.add_column(heading, ratio=share)
     for pair in samples:
         table.add_row(
             Text(clip(pair.prompt, 200)),
-            Text(f"{clip(pair.before, 300)}\n({pair.score_before:+.3f})"),
-            Text(f"{clip(pair.after, 300)}\n({pair.score_after:+.3f})", style="green"),
+            Text.assemble((f"{pair.score_before:+.3f}  ", "bold yellow"), clip(pair.before, 300)),
+            Text.assemble((f"{pair.score_after:+.3f}  ", "bold green"), clip(pair.after, 300)),
         )
     return table
 
@@ -320,13 +331,18 @@ def comparisons(summary: Summary) -> list[tuple[str, str, str]]:
     """Name and values of each evaluation metric, before and after; `-` where it was not measured."""
 
     def value(metrics: Mapping[str, float], name: str) -> str:
-        return f"{metrics[name]:.3f}" if name in metrics else "-"
+        return f"{metrics[name]:z.3f}" if name in metrics else "-"
 
     names = [name for name in summary.after if name.startswith("evaluation/")]
     return [
-        (name.removeprefix("evaluation/").replace("_", " "), value(summary.before, name), value(summary.after, name))
+        (_held_out(name), value(summary.before, name), value(summary.after, name))
         for name in sorted(names, key=lambda name: (name != "evaluation/reward_mean", name))
     ]
+
+
+def _held_out(metric: str) -> str:
+    """`evaluation/reward_mean` -> `held-out reward mean`."""
+    return metric.replace("evaluation/", "held-out ").replace("_", " ")
 
 
 def phase(activity: Activity) -> str:

@@ -1,0 +1,111 @@
+"""The quickstart, run once as a user runs it, and what it promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_ray.trainers.metrics import distinct_bigram_share, read_metrics
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 900
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """A finished run: its folder, what it printed, and its peak memory over all its processes, shared pages once."""
+
+    folder: Path
+    output: str
+    peak_gib: float
+
+    def evaluation(self, iteration: int) -> pandas.DataFrame:
+        return pandas.read_parquet(self.folder / f"ppo/evaluation/iteration_{iteration:06}.parquet")
+
+
+def tree_memory_gib(root: psutil.Process) -> float:
+    """Proportional memory of a process and its descendants."""
+    total = 0
+    for process in [root, *root.children(recursive=True)]:
+        with suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total / 2**30
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    command = [sys.executable, "-m", "rlhf_ray", "run", "pipelines/quickstart.yaml", f"run_dir={folder}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        lines: list[str] = []
+        assert process.stdout is not None
+        reader = threading.Thread(target=lambda out: lines.extend(out), args=(process.stdout,))
+        reader.start()
+        root, peak, deadline = psutil.Process(process.pid), 0.0, time.monotonic() + LIMIT_S
+        while process.poll() is None:
+            with suppress(psutil.Error):
+                peak = max(peak, tree_memory_gib(root))
+            if time.monotonic() > deadline:
+                process.kill()
+            time.sleep(5)
+        reader.join(timeout=10)
+    output = "".join(lines)
+    assert process.returncode == 0, output[-5000:]
+    return Quickstart(folder, output, peak)
+
+
+pytestmark = pytest.mark.timeout(LIMIT_S + 60)
+
+
+def test_the_share_of_positive_reviews_rises(quickstart: Quickstart) -> None:
+    last = read_metrics(quickstart.folder, "ppo")[-1]["iteration"]
+    before, after = quickstart.evaluation(0), quickstart.evaluation(last)
+    assert len(before) == len(after) == 200
+    assert (before["score"] > 0).mean() == pytest.approx(0.5, abs=0.1)
+    assert (after["score"] > 0).mean() >= 0.8
+    assert distinct_bigram_share(list(after["response"])) >= 0.5 * distinct_bigram_share(list(before["response"]))
+
+
+def test_kl_is_visible_and_bounded(quickstart: Quickstart) -> None:
+    rows = [row for row in read_metrics(quickstart.folder, "ppo") if row["iteration"] > 0]
+    assert all(-1 < row["kl/per_sequence"] < 20 for row in rows)
+    assert rows[-1]["kl/per_sequence"] > 0.5
+    assert all(row["generator/logprob_diff_mean"] < 1e-4 for row in rows)
+    assert "KL" in quickstart.output
+
+
+def test_it_fits_into_six_gib(quickstart: Quickstart) -> None:
+    assert 0.5 < quickstart.peak_gib <= 6
+
+
+def test_the_result_is_a_hugging_face_directory(quickstart: Quickstart) -> None:
+    model = quickstart.folder / "ppo/model"
+    assert str(model) in quickstart.output.replace("\n", "")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = AutoModelForCausalLM.from_pretrained(model).generate(
+        **tokenizer("The new film seemed", return_tensors="pt"), max_new_tokens=5
+    )
+    assert tokens.shape[1] > 5
+    assert "library_name: transformers" in (model / "README.md").read_text()
+
+
+def test_the_run_folder_has_what_the_readme_says(quickstart: Quickstart) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "tensorboard", "sft/model/config.json", "ppo/done.json"):
+        assert (quickstart.folder / name).exists(), name
+    assert len(list((quickstart.folder / "ppo/rollouts").glob("*.parquet"))) == (
+        read_metrics(quickstart.folder, "ppo")[-1]["iteration"]
+    )

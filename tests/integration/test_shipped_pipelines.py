@@ -1,0 +1,90 @@
+"""The pipeline files that name models of the hub, run with small local stand-ins of the same types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from rlhf_ray.config.load import load_pipeline
+from rlhf_ray.distributed.placement import Cluster
+from rlhf_ray.pipeline import run_pipeline
+from rlhf_ray.trainers.metrics import read_metrics
+from tests.tiny_models import TEXTS, make_classifier, make_gpt2, make_llama
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def run_shipped(name: str, overrides: list[str]) -> list[dict[str, Any]]:
+    config = load_pipeline(PIPELINES / name, overrides)
+    run_pipeline(config, pipeline_dir=PIPELINES, resume=False)
+    return read_metrics(Path(config.run_dir))
+
+
+def shared(path: str) -> Path:
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs the shared data set {path}, which is not beside this checkout")
+    return SHARED / path
+
+
+def test_ppo_imdb(tmp_path: Path, cluster: Cluster) -> None:
+    reviews = tmp_path / "imdb.parquet"
+    labels = [i % 2 for i in range(len(TEXTS))]
+    pandas.DataFrame({"text": TEXTS, "label": labels}).to_parquet(reviews)
+    rows = run_shipped(
+        "ppo_imdb.yaml",
+        [
+            f"run_dir={tmp_path / 'run'}",
+            "iterations=2",
+            "prompts_per_iteration=8",
+            "epochs=2",
+            f"policy.model={make_gpt2(tmp_path / 'gpt2')}",
+            f"reward.0.model={make_classifier(tmp_path / 'classifier')}",
+            f"data.train={{path: {reviews}}}",
+            f"data.evaluation={{path: {reviews}, rows: 6}}",
+        ],
+    )
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert all(row["generator/logprob_diff_mean"] < 1e-4 for row in rows[1:])
+    journal = pandas.read_parquet(tmp_path / "run/ppo/rollouts/iteration_000001.parquet")
+    assert (journal["tokens"].map(len) - journal["length"]).between(2, 8).all()
+    assert journal["length"].between(4, 16).all()
+
+
+def test_grpo_gsm8k(tmp_path: Path, cluster: Cluster) -> None:
+    questions = shared("math/gsm8k.test.jsonl.gz")
+    rows = run_shipped(
+        "grpo_gsm8k.yaml",
+        [
+            f"run_dir={tmp_path / 'run'}",
+            "iterations=1",
+            "prompts_per_iteration=2",
+            f"policy={{model: {make_llama(tmp_path / 'llama')}, workers: 2, zero: 2}}",
+            "reference={}",
+            "generator={}",
+            f"data.train={{path: {questions}, rows: 60}}",
+            f"data.evaluation={{path: {questions}, rows: 60}}",
+            "data.chat_template=false",
+            "data.max_prompt_tokens=200",
+            "sampling={max_new_tokens: 8, samples_per_prompt: 4}",
+        ],
+    )
+    assert rows[-1]["reward/mean"] >= 0
+    journal = pandas.read_parquet(tmp_path / "run/ppo/rollouts/iteration_000001.parquet")
+    assert len(journal) == 8
+    assert "####" in journal["answer"][0]
+
+
+def test_ppo_stories(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared("models/stories260k-llama-hd32/config.json")
+    monkeypatch.chdir(PIPELINES.parent)
+    rows = run_shipped(
+        "ppo_stories.yaml",
+        [f"run_dir={tmp_path / 'run'}", "iterations=1", "prompts_per_iteration=8", "mini_batches=1"],
+    )
+    assert [row["iteration"] for row in rows] == [0, 1]
+    assert rows[0]["evaluation/reward_mean"] == pytest.approx(0.12, abs=0.03)
+    assert rows[1]["generator/logprob_diff_mean"] < 1e-4

@@ -143,6 +143,8 @@ def _run_sft(site: _Site, stage: schema.Sft) -> None:
     with ExitStack() as stack:
         run = stack.enter_context(site.stage_run(stage, total=total))
         _report(run, "train", texts.report)
+        if held_out is not None:
+            _report(run, "evaluation", held_out.report)
         request = _learner_request("policy", stage.policy)
         placement = stack.enter_context(site.cluster.reserve([request]))
         policy = placement.start(
@@ -176,6 +178,8 @@ def _run_ppo(site: _Site, stage: schema.Ppo) -> None:
     with ExitStack() as stack:
         run = stack.enter_context(site.stage_run(stage, total=stage.iterations))
         _report(run, "train", prompts.report)
+        if held_out is not None:
+            _report(run, "evaluation", held_out.report)
         placement = stack.enter_context(site.cluster.reserve(_ppo_requests(stage, gpus=site.cluster.gpus)))
         groups = _start_ppo(site, stage, placement, model, max_length=_longest(stage, prompts, held_out))
         kl = _kl_controller(stage.kl)
@@ -224,8 +228,8 @@ def _request(
 def _start_ppo(site: _Site, stage: schema.Ppo, placement: Placement, model: str, *, max_length: int) -> PpoGroups:
     seed = site.config.seed
     tokenizer = stage.policy.tokenizer and _absolute(stage.policy.tokenizer)
-    steps = stage.iterations * stage.epochs * stage.mini_batches
     critic_settings = stage.critic_role
+    warmup = critic_settings.warmup_iterations if critic_settings is not None else 0
     started: list[RayGroup[Any]] = []
 
     def learner(role: str, settings: schema.Learner, head: Any, name: str, revision: str | None) -> RayGroup[Learner]:
@@ -237,7 +241,7 @@ def _start_ppo(site: _Site, stage: schema.Ppo, placement: Placement, model: str,
             revision=revision,
             head=head,
             seed=seed,
-            total_steps=steps,
+            total_steps=(stage.iterations - (warmup if role == "policy" else 0)) * stage.epochs * stage.mini_batches,
             temperature=stage.sampling.temperature,
             tokenizer=tokenizer,
             timeout_s=site.config.placement.call_timeout_s,
@@ -290,7 +294,8 @@ def _start_reward(
     if isinstance(settings, schema.FunctionReward):
         return placement.start(role, FunctionScorer, config=settings, search_path=site.pipeline_dir.absolute())
     if isinstance(settings, schema.ClassifierReward):
-        return placement.start(role, ClassifierScorer, config=settings)
+        own = settings.model_copy(update={"model": _absolute(settings.model)})
+        return placement.start(role, ClassifierScorer, config=own)
     return placement.start(
         role,
         ModelScorer,

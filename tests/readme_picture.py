@@ -1,6 +1,6 @@
 """Draws the README's picture: what a terminal shows at the end of a run's last stage, from the run's folder.
 
-    python -m tests.readme_picture runs/quickstart pipelines/quickstart.svg
+python -m tests.readme_picture runs/quickstart pipelines/quickstart.svg
 """
 
 from __future__ import annotations

@@ -481,8 +481,9 @@ class Sft(Section):
     """Optimizer steps, instead of epochs."""
     batch_size: Count = 32
     """Sequences per optimizer step, over all workers."""
-    packing: StrictBool = True
-    """Put several sequences in one row, without attention between them; off: one sequence a row, padded."""
+    packing: StrictBool | None = None
+    """Put several sequences in one row, without attention between them; off: rows of similar length side by side.
+    Unset: on where there is a GPU; on a CPU side by side is faster."""
     dropout: StrictBool = False
     """Keep the model's dropout switched on while training."""
     evaluation: TextEvaluation = TextEvaluation()
@@ -562,6 +563,13 @@ class Ppo(Section):
         if self.old_logprobs == "generator" or self.correction.mode == "off":
             return False
         return self.correction.mode == "on" or self.generator.dtype == "bfloat16"
+
+    @property
+    def attests_rollouts(self) -> bool:
+        """Whether samples must have the learner's log-probabilities: no filter is on, and the learner has its own."""
+        sampling = self.sampling
+        filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0 or sampling.repetition_penalty != 1
+        return not filtered and sampling.min_new_tokens == 0 and self.old_logprobs == "learner"
 
     @property
     def critic_role(self) -> Critic | None:

@@ -87,12 +87,14 @@ class Prompts(Batch):
         texts: B strings, as the reward functions see them.
         answers: B expected answers (None where the data has none).
         ids: B row numbers in the data set; the same prompt has the same id in every pass.
+        repeats: B counts of how often the same prompt stands earlier in the batch.
     """
 
     token_ids: list[list[int]]
     texts: list[str]
     answers: list[Any]
     ids: list[int]
+    repeats: list[int]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,7 +134,18 @@ class PromptSet:
             texts = [self.texts[row] for row in rows]
         else:
             texts = list(self.tokenizer.batch_decode(token_ids, skip_special_tokens=True))
-        return Prompts(token_ids, texts, [self.answers[row] for row in rows], [self.ids[row] for row in rows])
+        seen: Counter[int] = Counter()
+        repeats = []
+        for row in rows:
+            repeats.append(seen[row])
+            seen[row] += 1
+        return Prompts(
+            token_ids=token_ids,
+            texts=texts,
+            answers=[self.answers[row] for row in rows],
+            ids=[self.ids[row] for row in rows],
+            repeats=repeats,
+        )
 
     def _drawn(self, row: int, number: int) -> list[int]:
         """The row's tokens; under `prompt_length` the first n, n drawn anew in each pass."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.logprobs import token_logprobs
 from rlhf_ray.config import schema
+from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.transports import ReceivedWeights, Receiver, TransportSpec
 from rlhf_ray.engines.generation import Sample
 from rlhf_ray.errors import WeightSyncError
@@ -115,9 +115,7 @@ class HfEngine:
 
     def memory_gib(self) -> float:
         """Peak memory so far: the GPU's where there is one, else the process's."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak_memory_gib()
 
     def close(self) -> None:
         """Frees the receiver's buffers."""

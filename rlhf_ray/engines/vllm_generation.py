@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -20,6 +19,7 @@ import torch
 from transformers import PretrainedConfig
 
 from rlhf_ray.config import schema
+from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.transports import ReceivedWeights, TransportSpec
 from rlhf_ray.engines.generation import Sample
 from rlhf_ray.errors import ConfigError, InstallError, WeightSyncError
@@ -201,7 +201,7 @@ class VllmEngine:
         """Peak memory so far: the GPUs' where there are any, else the process's."""
         if torch.cuda.is_available():
             return float(sum(self._llm.collective_rpc("rlhf_peak_memory"))) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak_memory_gib()
 
     def close(self) -> None:
         """Ends the engine and its workers, and frees its memory; may be called again."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rlhf_ray.algorithms.advantages import (
     broadcast_to_tokens,
@@ -78,14 +77,43 @@ def train_ppo(
         scores = weighted_sum(config.reward, parts)
         experience, summary = make_experience(config, rollouts, scores, reference, old, values, kl.coefficient)
         run.write_rollouts(rollouts, scores=scores, parts=parts, kl=summary.kl_per_sequence)
+        if config.attests_rollouts:
+            weights.check_rollouts(rollouts, old)
         losses = update(config, groups, experience, kl.coefficient, iteration)
         metrics = rollout_metrics(rollouts, scores, parts) | experience_metrics(experience, rollouts) | summary.metrics
         metrics["kl/coefficient"] = kl.coefficient
-        kl.update(float(summary.kl_per_sequence.mean()), len(rollouts))
-        metrics |= losses | weights.sync(version=iteration)
+        if summary.kl_per_sequence is not None:
+            kl.update(float(summary.kl_per_sequence.mean()), len(rollouts))
+        metrics |= losses | weights.sync(version=iteration) | worker_metrics(groups)
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(unmeasured(config))}
         if run.evaluation_due(iteration, every=config.evaluation.every):
             metrics |= evaluate(config, groups, held_out, run, iteration=iteration)
         run.finish_iteration(metrics)
+
+
+def unmeasured(config: schema.Ppo) -> tuple[str, ...]:
+    """Beginnings of the names of metrics that say nothing in this pipeline."""
+    without_reference = ("kl/",) if config.kl_place == "off" else ()
+    without_old = ("generator/logprob_diff",) if config.old_logprobs == "generator" else ()
+    return without_reference + without_old
+
+
+def worker_metrics(groups: PpoGroups) -> dict[str, float]:
+    """Peak memory of each role's largest worker, and how many texts each scorer has cut so far."""
+    asked = {"policy": groups.policy.all(Learner.memory), "generator": groups.generator.all(Generator.memory)}
+    if groups.critic is not None and groups.critic is not groups.policy:
+        asked["critic"] = groups.critic.all(Learner.memory)
+    if groups.reference is not None:
+        asked["reference"] = groups.reference.all(ReferenceScorer.memory)
+    counted = {name: group.all(RewardScorer.counts) for name, group in groups.rewards.items()}
+    asked |= {f"reward/{name}": group.all(RewardScorer.memory) for name, group in groups.rewards.items()}
+    metrics = {
+        f"{role}/peak_memory_gib": max(peaks) for role, peaks in zip(asked, gather(*asked.values()), strict=True)
+    }
+    for name, workers in zip(counted, gather(*counted.values()), strict=True):
+        for what in {what for counts in workers for what in counts}:
+            metrics[f"reward/{name}_{what}"] = float(sum(counts.get(what, 0) for counts in workers))
+    return metrics
 
 
 def evaluate(
@@ -124,9 +152,9 @@ def gather_judgements(
 
 @dataclass(frozen=True)
 class Summary:
-    """What the loop needs to know of an iteration's experience: KL per sequence [B] in nats, and metrics."""
+    """What the loop needs of an iteration's experience: KL per sequence [B] in nats (None where off), and metrics."""
 
-    kl_per_sequence: Tensor
+    kl_per_sequence: SequenceFloat | None
     metrics: dict[str, float]
 
 
@@ -192,7 +220,8 @@ def make_experience(
         "correction/capped_share": float(capped.sum() / tokens),
         "reward/shaped_mean": float(shaped.mean()),
     }
-    return experience, Summary(((old - reference) * mask).sum(1), metrics)
+    kl_per_sequence = None if config.kl_place == "off" else ((old - reference) * mask).sum(1)
+    return experience, Summary(kl_per_sequence, metrics)
 
 
 def group_advantages(config: schema.Ppo, sequence_rewards: SequenceFloat) -> SequenceFloat:

@@ -203,7 +203,7 @@ class PlainView:
     def summary(self, summary: Summary) -> None:
         self._print(f"done in {duration(summary.elapsed_s)}")
         for name, before, after in comparisons(summary):
-            self._print(f"{name}: {before} before, {after} after")
+            self._print(f"{name}: {after}" if before is None else f"{name}: {before} before, {after} after")
         for pair in summary.samples:
             self._print(f"prompt: {clip(pair.prompt, 200)}")
             self._print(f"  before ({pair.score_before:+.3f}): {clip(pair.before, 300)}")
@@ -297,7 +297,7 @@ def _results(summary: Summary) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(ratio=1)
     for index, (name, before, after) in enumerate(comparisons(summary)):
-        value = after if before == "-" else f"{before} → {after}"
+        value = after if before is None else f"{before} → {after}"
         table.add_row(name, Text(value, style="bold green" if index == 0 else ""))
     table.add_row("model", Text(str(summary.model), overflow="fold"))
     if summary.best:
@@ -327,15 +327,15 @@ def shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def comparisons(summary: Summary) -> list[tuple[str, str, str]]:
-    """Name and values of each evaluation metric, before and after; `-` where it was not measured."""
+def comparisons(summary: Summary) -> list[tuple[str, str | None, str]]:
+    """Name and values of each evaluation metric, before (None where it was not measured) and after."""
 
-    def value(metrics: Mapping[str, float], name: str) -> str:
-        return f"{metrics[name]:z.3f}" if name in metrics else "-"
+    def before(name: str) -> str | None:
+        return f"{summary.before[name]:z.3f}" if name in summary.before else None
 
     names = [name for name in summary.after if name.startswith("evaluation/")]
     return [
-        (_held_out(name), value(summary.before, name), value(summary.after, name))
+        (_held_out(name), before(name), f"{summary.after[name]:z.3f}")
         for name in sorted(names, key=lambda name: (name != "evaluation/reward_mean", name))
     ]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Sequences
+from rlhf_ray.data.batches import Rollouts, Sequences
 from rlhf_ray.distributed.groups import WorkerGroup, gather
 from rlhf_ray.distributed.transports import (
     ReceivedWeights,
@@ -26,6 +26,7 @@ from rlhf_ray.distributed.transports import (
     sender_address,
 )
 from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.shapes import TokenFloat
 from rlhf_ray.workers.generator import Generator, ProbeResult
 from rlhf_ray.workers.learner import Learner
 
@@ -98,6 +99,23 @@ class WeightSync:
             "sync/probe_diff_mean": mean,
             "sync/probe_diff_max": largest,
         }
+
+    def check_rollouts(self, rollouts: Rollouts, logprobs: TokenFloat) -> None:
+        """Raises WeightSyncError, with the worst token, where samples' log-probabilities [B, T] are not the learner's."""
+        mask = rollouts.sequences.response_mask
+        difference = ((rollouts.generator_logprobs - logprobs).abs() * mask).nan_to_num(nan=torch.inf)
+        mean, largest = float(difference.sum() / mask.sum().clamp(min=1)), float(difference.max())
+        if mean <= self._limits.mean and largest <= self._limits.max:
+            return
+        row, position = divmod(int(difference.argmax()), difference.shape[1])
+        raise WeightSyncError(
+            f"samples of version {rollouts.policy_version}: generator and learner differ by {mean:.2g} nats in the "
+            f"mean (limit {self._limits.mean:g}) and {largest:.2g} at most (limit {self._limits.max:g}); worst is "
+            f"token {position} of row {row} (prompt {int(rollouts.prompt_ids[row])}), id "
+            f"{int(rollouts.sequences.tokens[row, position])}: log-probability "
+            f"{float(rollouts.generator_logprobs[row, position]):.4f}, the learner's "
+            f"{float(logprobs[row, position]):.4f}"
+        )
 
     def _new_spec(self) -> TransportSpec:
         sender, port, receivers = gather(

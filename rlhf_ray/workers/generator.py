@@ -91,8 +91,8 @@ class Generator:
         token_ids = [prompts.token_ids[row] for row in rows]
         self._check_lengths(prompts, sampling)
         seeds = [
-            derive_seed(self.seed, iteration, prompt_id, sample)
-            for prompt_id in prompts.ids
+            derive_seed(self.seed, iteration, prompt_id, repeat * samples + sample)
+            for prompt_id, repeat in zip(prompts.ids, prompts.repeats, strict=True)
             for sample in range(samples)
         ]
         found = self.engine.generate(token_ids, sampling, seeds=seeds)

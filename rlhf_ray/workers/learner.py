@@ -7,7 +7,6 @@ workers and micro-batches, the gradient is that of one pass over all of it.
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from rlhf_ray.data.batches import Batch, Sequences
 from rlhf_ray.data.packing import balance, plan_micro_batches
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.distributed.faults import fault
+from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.transports import (
     Endpoint,
@@ -94,7 +94,7 @@ class Learner:
         temperature: float = 1.0,
         tokenizer: str | None = None,
         dropout: bool = False,
-        packing: bool = False,
+        packing: bool | None = None,
         timeout_s: float = 1800.0,
     ) -> None:
         self.place = place
@@ -108,14 +108,16 @@ class Learner:
         else:
             self.tokenizer = load_tokenizer(tokenizer)
         check_vocabulary(model, language_model.config, self.tokenizer)
-        self.layout: Layout = "packed" if packing and supports_packing(language_model) else "padded"
+        self.device = join_process_group(rank=place.rank, size=place.size, timeout_s=timeout_s)
+        # Plain attention looks at a pack as a whole: on a CPU rows of similar length side by side are faster.
+        packs = self.device.type == "cuda" if packing is None else packing
+        self.layout: Layout = "packed" if packs and supports_packing(language_model) else "padded"
         if config.activation_checkpointing:
             language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         torch.manual_seed(derive_seed(seed, place.role, place.rank))
         network = build_network(language_model, head)
         if not dropout:
             switch_off_dropout(network)
-        self.device = join_process_group(rank=place.rank, size=place.size, timeout_s=timeout_s)
         self.engine = TrainingEngine(network, settings=config, device=self.device, total_steps=total_steps)
 
     # ------------------------------------------------------------------------------- judging
@@ -301,9 +303,7 @@ class Learner:
 
     def memory(self) -> float:
         """Peak memory in GiB: of the GPU where there is one, else of the process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak_memory_gib()
 
     def close(self) -> None:
         """Frees what the engine holds."""

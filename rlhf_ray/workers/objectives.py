@@ -134,7 +134,7 @@ class JointObjective:
         policy, metrics = self.policy(outputs, rows)
         value, of_value = self.value(outputs, rows)
         named = {f"critic/{name}": found for name, found in of_value.items()}
-        parts = {"policy_loss": policy.detach(), "critic/loss": value.detach()}
+        parts = {"loss": policy.detach(), "critic/loss": value.detach()}
         return policy + self.coefficient * value, metrics | named | parts
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Rollouts, Sequences, pad_rows
 from rlhf_ray.data.packing import plan_micro_batches
+from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.errors import ConfigError, WorkerError
 from rlhf_ray.models.forward import Layout, forward, supports_packing
@@ -39,6 +40,10 @@ class RewardScorer(Protocol):
 
     def counts(self) -> dict[str, int]:
         """Events since the start, such as `truncated`: texts that were cut to the model's maximum length."""
+        ...
+
+    def memory(self) -> float:
+        """Peak memory in GiB: of the GPU where there is one, else of the process."""
         ...
 
 
@@ -64,11 +69,16 @@ class ReferenceScorer:
     def logprobs(self, sequences: Sequences, temperature: float) -> TokenFloat:
         """[B, T] float32 log-probability of each response token at this temperature; 0 outside response_mask."""
         result = torch.zeros(sequences.tokens.shape)
-        for rows in plan_micro_batches(sequences.lengths().tolist(), max_tokens=self._max_tokens):
+        lengths = sequences.lengths().tolist()
+        for rows in plan_micro_batches(lengths, max_tokens=self._max_tokens, padded=self._layout == "padded"):
             chosen = sequences.select(rows)
             outputs = forward(self._network, chosen, layout=self._layout, device=self._device, temperature=temperature)
             result[rows] = outputs.logprobs.float().cpu()
         return result
+
+    def memory(self) -> float:
+        """Peak memory in GiB: of the GPU where there is one, else of the process."""
+        return peak_memory_gib()
 
 
 class ModelScorer:
@@ -113,6 +123,10 @@ class ModelScorer:
             rows = self._reader.cut([row[:n] for row, n in zip(sequences.tokens.tolist(), lengths, strict=True)])
         return _finite(self._reader.logits(rows)[:, 0], rollouts, self.place)
 
+    def memory(self) -> float:
+        """Peak memory in GiB: of the GPU where there is one, else of the process."""
+        return peak_memory_gib()
+
     def counts(self) -> dict[str, int]:
         """`truncated`: rows cut on the left to the model's maximum length."""
         return {"truncated": self._reader.truncated}
@@ -145,6 +159,10 @@ class ClassifierScorer:
             logits = logsigmoid(logits) if self._independent else logits.log_softmax(-1)
         scores = logits[:, self._label]
         return _finite(scores.exp() if self._config.output == "probability" else scores, rollouts, self.place)
+
+    def memory(self) -> float:
+        """Peak memory in GiB: of the GPU where there is one, else of the process."""
+        return peak_memory_gib()
 
     def counts(self) -> dict[str, int]:
         """`truncated`: texts cut on the left to the model's maximum length."""
@@ -188,6 +206,10 @@ class FunctionScorer:
         finally:
             for call in calls:
                 call.answer.cancel()
+
+    def memory(self) -> float:
+        """Peak memory in GiB: of the GPU where there is one, else of the process."""
+        return peak_memory_gib()
 
     def counts(self) -> dict[str, int]:
         """Nothing is counted."""
@@ -415,7 +437,7 @@ class _Reader:
         """[B, labels] float32; the other rows of a micro-batch and the padding change nothing."""
         result = torch.zeros(len(rows), self._network.config.num_labels)
         lengths = [len(row) for row in rows]
-        for group in plan_micro_batches(lengths, max_tokens=self._max_tokens):
+        for group in plan_micro_batches(lengths, max_tokens=self._max_tokens, padded=True):
             tokens = pad_rows([rows[row] for row in group], value=self._tokenizer.pad_token_id)
             ends = torch.tensor([lengths[row] for row in group])
             mask = torch.arange(tokens.shape[1])[None] < ends[:, None]

@@ -70,7 +70,7 @@ def make_prompts(model: str) -> Prompts:
     texts = ["The film by Anna was", "I hated it, and", "story"]
     tokenizer = load_tokenizer(model)
     tokens = [tokenizer(text)["input_ids"] for text in texts]
-    return Prompts(token_ids=tokens, texts=texts, answers=[None] * 3, ids=[5, 2, 9])
+    return Prompts(token_ids=tokens, texts=texts, answers=[None] * 3, ids=[5, 2, 9], repeats=[0, 0, 0])
 
 
 def responses(rollouts: Rollouts) -> list[list[int]]:
@@ -161,7 +161,7 @@ def test_responses_end_where_they_should(models: dict[str, str], start: Start) -
     assert kept == responses(free)[row][: len(kept)], "the tokens of the stop string are kept"
     assert stop in load_tokenizer(model).decode(kept)
 
-    long = Prompts(token_ids=[[1] * 93], texts=[""], answers=[None], ids=[41])
+    long = Prompts(token_ids=[[1] * 93], texts=[""], answers=[None], ids=[41], repeats=[0])
     with pytest.raises(ConfigError, match=r"prompt 41 has 93 tokens; wanted 1 to 92"):
         generator.split(Generator.generate, long, schema.Sampling(max_new_tokens=8), iteration=1).result()
 

@@ -106,6 +106,7 @@ def test_the_result_is_a_hugging_face_directory(quickstart: Quickstart) -> None:
 def test_the_run_folder_has_what_the_readme_says(quickstart: Quickstart) -> None:
     for name in ("config.yaml", "metrics.jsonl", "tensorboard", "sft/model/config.json", "ppo/done.json"):
         assert (quickstart.folder / name).exists(), name
-    assert len(list((quickstart.folder / "ppo/rollouts").glob("*.parquet"))) == (
-        read_metrics(quickstart.folder, "ppo")[-1]["iteration"]
+    assert (
+        len(list((quickstart.folder / "ppo/rollouts").glob("*.parquet")))
+        == (read_metrics(quickstart.folder, "ppo")[-1]["iteration"])
     )

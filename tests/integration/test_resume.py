@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config.load import dump_pipeline
+from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.distributed.faults import VARIABLE
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.trainers.metrics import read_metrics
@@ -17,7 +18,8 @@ from tests.integration.tiny_runs import comparable, run, tiny_ppo, weights_diges
 ROOT = Path(__file__).parents[2]
 
 
-def six_iterations(folder: Path, *, name: str, zero: int):
+def six_iterations(folder: Path, *, name: str, zero: int) -> Pipeline:
+    """PPO with two learners of each kind, two generators, and everything that has a state: schedule, KL controller."""
     learner = {"workers": 2, "zero": zero}
     return tiny_ppo(
         folder,
@@ -32,37 +34,47 @@ def six_iterations(folder: Path, *, name: str, zero: int):
     )
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-def test_stop_and_resume_equals_an_undisturbed_run(
-    zero: int, tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run(six_iterations(tmp_path, name="whole", zero=zero), tmp_path)
+@pytest.fixture(scope="module", params=[0, 2], ids=["ZeRO-0", "ZeRO-2"])
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cluster: Cluster
+) -> tuple[int, Path]:
+    """A ZeRO stage, and a folder with a run of six iterations that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("resume")
+    rows = run(six_iterations(folder, name="whole", zero=request.param), folder)
+    assert len(rows) == 7
+    assert rows[6]["kl/coefficient"] != rows[1]["kl/coefficient"]
+    return request.param, folder
 
-    stopped = six_iterations(tmp_path, name="stopped", zero=zero)
+
+def assert_equal_runs(folder: Path, name: str) -> None:
+    assert comparable(read_metrics(folder / name)) == comparable(read_metrics(folder / "whole"))
+    assert weights_digest(folder / name) == weights_digest(folder / "whole")
+
+
+def test_stop_and_resume_equals_an_undisturbed_run(
+    undisturbed: tuple[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero, folder = undisturbed
+    stopped = six_iterations(folder, name="stopped", zero=zero)
     monkeypatch.setenv(VARIABLE, "committed:driver:0:4:raise")
-    with pytest.raises(Exception, match="fault"):
-        run(stopped, tmp_path)
+    with pytest.raises(RuntimeError, match="injected fault"):
+        run(stopped, folder)
     monkeypatch.delenv(VARIABLE)
     assert [row["iteration"] for row in read_metrics(Path(stopped.run_dir))] == [0, 1, 2, 3, 4]
-    resumed = run(stopped, tmp_path, resume=True)
-
-    assert comparable(resumed) == comparable(whole)
-    assert len(whole) == 7
-    assert whole[6]["kl/coefficient"] != whole[1]["kl/coefficient"]
-    assert weights_digest(stopped.run_dir) == weights_digest(tmp_path / "whole")
+    run(stopped, folder, resume=True)
+    assert_equal_runs(folder, "stopped")
 
 
-def test_kill_9_of_the_driver_then_resume(tmp_path: Path, cluster: Cluster) -> None:
-    whole = run(six_iterations(tmp_path, name="whole", zero=2), tmp_path)
-
-    killed = six_iterations(tmp_path, name="killed", zero=2)
-    file = tmp_path / "killed.yaml"
+def test_kill_9_of_the_driver_then_resume(undisturbed: tuple[int, Path], cluster: Cluster) -> None:
+    zero, folder = undisturbed
+    if zero == 0:
+        pytest.skip("one stage is enough for the kill; the stop is tested with both")
+    killed = six_iterations(folder, name="killed", zero=zero)
+    file = folder / "killed.yaml"
     file.write_text(dump_pipeline(killed))
     command = [sys.executable, "-m", "rlhf_ray", "run", str(file)]
     environment = os.environ | {VARIABLE: "commit:driver:0:5:kill", "RAY_ADDRESS": cluster.address}
     process = subprocess.run(command, cwd=ROOT, env=environment, timeout=240, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    resumed = run(killed, tmp_path, resume=True)
-
-    assert comparable(resumed) == comparable(whole)
-    assert weights_digest(killed.run_dir) == weights_digest(tmp_path / "whole")
+    run(killed, folder, resume=True)
+    assert_equal_runs(folder, "killed")

@@ -97,9 +97,9 @@ def test_read_only_arrays_become_tensors_that_may_be_written() -> None:
 
 
 def test_length_of_a_batch_of_lists_and_frozen_fields() -> None:
-    prompts = Prompts(token_ids=[[1], [2, 3]], texts=["a", "b"], answers=[None, 4], ids=[7, 9])
+    prompts = Prompts(token_ids=[[1], [2, 3]], texts=["a", "b"], answers=[None, 4], ids=[7, 9], repeats=[0, 1])
     assert len(prompts) == 2
-    assert prompts.select([1]) == Prompts([[2, 3]], ["b"], [4], [9])
+    assert prompts.select([1]) == Prompts([[2, 3]], ["b"], [4], [9], [1])
     assert Prompts.concat([prompts.select([0]), prompts.select([1])]) == prompts
     with pytest.raises(FrozenInstanceError):
         prompts.texts = []  # type: ignore[misc]

@@ -86,8 +86,8 @@ def test_a_pipe_gets_a_line_per_iteration():
     assert lines[1].endswith(" left")
     assert lines[2] == "[ppo] iteration 2/2 | reward 0.750"
     text = "\n".join(lines[3:])
-    assert "reward mean: 0.100 before, 0.900 after" in text
-    assert "length mean: - before, 20.000 after" in text
+    assert "held-out reward mean: 0.100 before, 0.900 after" in text
+    assert "held-out length mean: 20.000\n" in text
     assert "after  (+0.900): [red]wonderful" in text
     assert "model: /runs/a/ppo/model" in text
     assert "\x1b" not in out.getvalue()
@@ -137,6 +137,25 @@ def test_the_live_view_shows_where_the_run_is():
         "Ctrl-C: finishing iteration 3",
     ):
         assert expected in text, expected
+
+
+def test_a_finished_run_waits_for_nothing():
+    view, _ = live(total=1)
+    with view:
+        view.iteration(0, {})
+        assert "…" in drawn(view)
+        view.iteration(1, {"reward/mean": -0.0001})
+    text = drawn(view)
+    assert "0.000" in text
+    assert "-0.000" not in text
+    assert "time left" not in text
+    assert "…" not in text
+
+
+def drawn(view):
+    console = Console(file=io.StringIO(), width=80)
+    console.print(view)
+    return console.file.getvalue()
 
 
 def test_the_live_summary_shows_samples_as_plain_text():

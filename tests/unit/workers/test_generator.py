@@ -77,7 +77,7 @@ def test_samples_depend_on_run_iteration_prompt_and_number_alone(llama: str) -> 
 
 
 def test_a_prompt_that_is_too_long_is_named(llama: str) -> None:
-    prompts = Prompts(token_ids=[[1], [1] * 35], texts=["", ""], answers=[None, None], ids=[0, 9])
+    prompts = Prompts(token_ids=[[1], [1] * 35], texts=["", ""], answers=[None, None], ids=[0, 9], repeats=[0, 0])
     with pytest.raises(
         ConfigError, match=r"prompt 9 has 35 tokens; wanted 1 to 34, because the engine was made for 40"
     ):

@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: install
-	$(BIN)/rlhf-ray run pipelines/quickstart.yaml run_dir=$(RUN_DIR)
+	$(BIN)/rlhf-ray $(if $(wildcard $(RUN_DIR)/config.yaml),resume $(RUN_DIR),run pipelines/quickstart.yaml run_dir=$(RUN_DIR))
 
 test: check
 	$(BIN)/python -m pytest

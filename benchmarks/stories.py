@@ -58,14 +58,14 @@ def judge(run: Path, known: set[str]) -> dict[str, Any]:
         for text, finished in zip(after["response"], after["finished"], strict=True)
         for word in (words(text) if finished else words(text)[:-1])
     ]
-    return {
-        "run": run.name,
+    figures = {
         "iterations": rows[-1]["iteration"],
         "reward_before": before["score"].mean(),
         "reward_after": after["score"].mean(),
         "untrained_std": deviation,
         "gain_in_std": by_opening.mean() / deviation,
-        "gain_interval": [by_opening.mean() - half, by_opening.mean() + half],
+        "gain_low": by_opening.mean() - half,
+        "gain_high": by_opening.mean() + half,
         "kl_last": rows[-1]["kl/per_sequence"],
         "kl_max": max(row["kl/per_sequence"] for row in rows),
         "bigrams_against_untrained": distinct_bigram_share(list(after["response"]))
@@ -74,6 +74,7 @@ def judge(run: Path, known: set[str]) -> dict[str, Any]:
         "logprob_diff_mean_max": max(row["generator/logprob_diff_mean"] for row in rows),
         "seconds": sum(row["time/iteration_s"] for row in rows),
     }
+    return {"run": run.name} | {name: float(value) for name, value in figures.items()}
 
 
 def main() -> None:

@@ -8,22 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
-from rlhf_ray.config.load import dump_pipeline, save_run_config
+from rlhf_ray.config.load import run_files
 from rlhf_ray.config.rules import reward_names
 from rlhf_ray.data.prompts import PromptSet, load_prompts
-from rlhf_ray.data.texts import load_texts, texts_for_tokenizer
+from rlhf_ray.data.texts import TextSet, load_texts, texts_for_tokenizer
 from rlhf_ray.distributed.groups import RayGroup, WorkerGroup, gather
 from rlhf_ray.distributed.placement import Cluster, Placement, RoleRequest
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.engines.vllm_generation import engine_environment
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_tokenizer, save_new_model
 from rlhf_ray.plan import check_data
 from rlhf_ray.trainers.durable import write_folder
 from rlhf_ray.trainers.metrics import check_tracking
 from rlhf_ray.trainers.ppo import KlController, PpoGroups, train_ppo
-from rlhf_ray.trainers.run import RunFolder, StageRun
+from rlhf_ray.trainers.run import RunFolder, StageResult, StageRun
 from rlhf_ray.trainers.sft import total_steps, train_sft
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
@@ -46,11 +49,14 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
     """
     check_tracking(config.tracking)
     check_data(config)
-    folder = RunFolder.open(config.run_dir) if resume else RunFolder.create(config.run_dir, dump_pipeline(config))
+    files = run_files(config, pipeline_dir=pipeline_dir)
+    folder = RunFolder.open(config.run_dir) if resume else RunFolder.create(config.run_dir, files)
     with folder:
-        if not resume:
-            save_run_config(config, pipeline_dir=pipeline_dir)
+        if all(_result(folder, stage) is not None for stage in config.stages):
+            print(f"{folder.path} is done; its model is {folder.stage(config.stages[-1].name) / 'model'}", flush=True)
+            return
         recorder = Recorder()
+        early = {stage.name: _load_data(stage, stage.policy.model, config.seed) for stage in _known_models(config)}
         placement = config.placement
         with Cluster(
             placement.address,
@@ -60,7 +66,7 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
             recorder=recorder,
         ) as cluster:
             for stage in config.stages:
-                site = _Site(config, folder, cluster, recorder, pipeline_dir)
+                site = _Site(config, folder, cluster, recorder, pipeline_dir, early)
                 if stage.method == "sft":
                     _run_sft(site, stage)
                 else:
@@ -76,6 +82,17 @@ class _Site:
     cluster: Cluster
     recorder: Recorder
     pipeline_dir: Path
+    early: dict[str, _Data]
+
+    def data(self, stage: schema.Stage, model: str) -> _Data:
+        """The stage's encoded data; its tokenizer is written to where `tokenizer` says."""
+        data = self.early.pop(stage.name, None) or _load_data(stage, model, self.config.seed)
+        write_folder(Path(self.tokenizer(stage)), lambda partial: data.tokenizer.save_pretrained(partial))
+        return data
+
+    def tokenizer(self, stage: schema.Stage) -> str:
+        """The directory of the stage's tokenizer, so that every worker has the same one."""
+        return str((self.folder.stage(stage.name) / "tokenizer").absolute())
 
     def model(self, name: str) -> str:
         """The directory or hub name behind a model's name in the pipeline file."""
@@ -107,6 +124,33 @@ class _Site:
             yield run
 
 
+def _result(folder: RunFolder, stage: schema.Stage) -> StageResult | None:
+    """The stage's result; None where there is something left to do."""
+    return folder.result(stage.name, total=stage.steps if stage.method == "sft" else stage.iterations)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A stage's encoded data, none where it has none for evaluation, and the tokenizer that encoded it."""
+
+    train: PromptSet | TextSet
+    held_out: PromptSet | TextSet | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+def _known_models(config: schema.Pipeline) -> list[schema.Stage]:
+    """The stages whose data can be encoded before anything is started: no earlier stage makes their tokenizer."""
+    return [s for s in config.stages if isinstance(s.policy.model, str) and not s.policy.model.startswith("stage:")]
+
+
+def _load_data(stage: schema.Stage, model: Any, seed: int) -> _Data:
+    tokenizer = load_tokenizer(stage.policy.tokenizer or model, stage.policy.tokenizer_revision)
+    load: Any = load_texts if isinstance(stage, schema.Sft) else load_prompts
+    train = load(stage.data, tokenizer, seed=seed, sources="train")
+    held_out = load(stage.data, tokenizer, seed=seed, sources="evaluation") if stage.data.evaluation else None
+    return _Data(train, held_out, tokenizer)
+
+
 @dataclass(frozen=True)
 class _LearnerParts:
     """How a stage's learners, and the KL coefficient where there is one, are saved and restored."""
@@ -132,13 +176,14 @@ class _LearnerParts:
 
 
 def _run_sft(site: _Site, stage: schema.Sft) -> None:
-    if site.folder.result(stage.name, total=stage.steps) is not None:
+    if _result(site.folder, stage) is not None:
         return
     model = site.initial_model(stage)
-    tokenizer = load_tokenizer(stage.policy.tokenizer or model, stage.policy.revision)
+    data = site.data(stage, model)
+    texts, held_out = data.train, data.held_out
+    assert isinstance(texts, TextSet)
+    assert held_out is None or isinstance(held_out, TextSet)
     seed = site.config.seed
-    texts = load_texts(stage.data, tokenizer, seed=seed, sources="train")
-    held_out = load_texts(stage.data, tokenizer, seed=seed, sources="evaluation") if stage.data.evaluation else None
     total = total_steps(stage, texts)
     with ExitStack() as stack:
         run = stack.enter_context(site.stage_run(stage, total=total))
@@ -156,7 +201,7 @@ def _run_sft(site: _Site, stage: schema.Sft) -> None:
             head="none",
             seed=seed,
             total_steps=total,
-            tokenizer=stage.policy.tokenizer and _absolute(stage.policy.tokenizer),
+            tokenizer=site.tokenizer(stage),
             dropout=stage.dropout,
             packing=stage.packing,
             timeout_s=site.config.placement.call_timeout_s,
@@ -168,13 +213,13 @@ def _run_sft(site: _Site, stage: schema.Sft) -> None:
 
 
 def _run_ppo(site: _Site, stage: schema.Ppo) -> None:
-    if site.folder.result(stage.name, total=stage.iterations) is not None:
+    if _result(site.folder, stage) is not None:
         return
     model = site.initial_model(stage)
-    tokenizer = load_tokenizer(stage.policy.tokenizer or model, stage.policy.revision)
-    seed = site.config.seed
-    prompts = load_prompts(stage.data, tokenizer, seed=seed, sources="train")
-    held_out = load_prompts(stage.data, tokenizer, seed=seed, sources="evaluation") if stage.data.evaluation else None
+    data = site.data(stage, model)
+    prompts, held_out = data.train, data.held_out
+    assert isinstance(prompts, PromptSet)
+    assert held_out is None or isinstance(held_out, PromptSet)
     with ExitStack() as stack:
         run = stack.enter_context(site.stage_run(stage, total=stage.iterations))
         _report(run, "train", prompts.report)
@@ -208,9 +253,16 @@ def _ppo_requests(stage: schema.Ppo, *, gpus: float) -> list[RoleRequest]:
     requests += [
         _request(f"reward/{name}", reward) for name, reward in zip(reward_names(stage), stage.reward, strict=True)
     ]
-    on_gpu = bool(gpus if stage.generator.gpus is None else stage.generator.gpus)
-    environment = engine_environment(stage.generator, gpu=on_gpu)
-    requests.append(_request("generator", stage.generator, env=environment, reuse="generator"))
+    generator = stage.generator
+    if generator.tensor_parallel > 1 and generator.gpus is None:
+        if not gpus:
+            raise ConfigError(
+                f"{stage.name}.generator.tensor_parallel: got {generator.tensor_parallel}, wanted 1: there is no GPU"
+            )
+        generator = generator.model_copy(update={"gpus": float(generator.tensor_parallel)})
+    on_gpu = bool(gpus if generator.gpus is None else generator.gpus)
+    environment = engine_environment(generator, gpu=on_gpu)
+    requests.append(_request("generator", generator, env=environment, reuse="generator"))
     return requests
 
 
@@ -227,7 +279,7 @@ def _request(
 
 def _start_ppo(site: _Site, stage: schema.Ppo, placement: Placement, model: str, *, max_length: int) -> PpoGroups:
     seed = site.config.seed
-    tokenizer = stage.policy.tokenizer and _absolute(stage.policy.tokenizer)
+    tokenizer = site.tokenizer(stage)
     critic_settings = stage.critic_role
     warmup = critic_settings.warmup_iterations if critic_settings is not None else 0
     started: list[RayGroup[Any]] = []
@@ -249,13 +301,16 @@ def _start_ppo(site: _Site, stage: schema.Ppo, placement: Placement, model: str,
         started.append(group)
         return group
 
+    share = placement.share("generator").gpus
+    # Roles that share a GPU share its memory: an engine takes memory_share of its own part.
+    part = share if 0 < share < 1 else 1.0
     generator = placement.start(
         "generator",
         Generator,
-        config=stage.generator,
+        config=stage.generator.model_copy(update={"memory_share": stage.generator.memory_share * part}),
         model=_absolute(model),
         revision=stage.policy.revision,
-        tokenizer=tokenizer or _absolute(model),
+        tokenizer=tokenizer,
         max_model_len=max_length,
         seed=seed,
     )
@@ -279,9 +334,7 @@ def _start_ppo(site: _Site, stage: schema.Ppo, placement: Placement, model: str,
         started.append(reference)
     rewards: dict[str, WorkerGroup[RewardScorer]] = {}
     for name, settings in zip(reward_names(stage), stage.reward, strict=True):
-        group = _start_reward(
-            site, placement, f"reward/{name}", settings, policy_tokenizer=tokenizer or _absolute(model)
-        )
+        group = _start_reward(site, placement, f"reward/{name}", settings, policy_tokenizer=tokenizer)
         started.append(group)
         rewards[name] = group
     gather(*(group.ready for group in started))

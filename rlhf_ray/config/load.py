@@ -74,19 +74,10 @@ def dump_pipeline(pipeline: Pipeline) -> str:
     return header + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
-def save_run_config(pipeline: Pipeline, *, pipeline_dir: Path) -> None:
-    """Writes into the run's folder the resolved config and, for `resume`, where the run was started from."""
-    folder = Path(pipeline.run_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+def run_files(pipeline: Pipeline, *, pipeline_dir: Path) -> dict[str, str]:
+    """The files that a run's folder starts with, by name: where the run was started, for `resume`, and its config."""
     origin = {"pipeline_dir": str(pipeline_dir.resolve()), "working_directory": str(Path.cwd())}
-    _write_whole(folder / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
-    _write_whole(folder / CONFIG_FILE, dump_pipeline(pipeline))
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    return {ORIGIN_FILE: json.dumps(origin, indent=2) + "\n", CONFIG_FILE: dump_pipeline(pipeline)}
 
 
 def read_origin(run_dir: Path) -> tuple[Path, Path]:

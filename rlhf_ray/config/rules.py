@@ -360,6 +360,13 @@ def _kl(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
             "got 0, wanted above 0: the adaptive controller multiplies it, so it would stay 0",
             because=((*where, "controller"), (*where, "place")),
         )
+    samples = stage.prompts_per_iteration * stage.sampling.samples_per_prompt
+    if samples >= 5 * kl.horizon:
+        yield Problem(
+            (*where, "horizon"),
+            f"got {kl.horizon:g}, wanted more than a fifth of an iteration's {samples} samples",
+            because=((*path, "prompts_per_iteration"), (*path, "sampling", "samples_per_prompt")),
+        )
 
 
 def _sampling(stage: Ppo, path: KeyPath) -> Iterator[Problem]:

@@ -121,6 +121,11 @@ class Policy(Learner):
     tokenizer: str | None = None
     """Directory or hub name of the tokenizer; unset: the model's own."""
 
+    @property
+    def tokenizer_revision(self) -> str | None:
+        """The tokenizer's revision: the model's, where it is the model's own."""
+        return None if self.tokenizer else self.revision
+
 
 class Critic(Learner):
     """The value function of PPO."""

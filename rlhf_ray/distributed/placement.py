@@ -123,9 +123,9 @@ def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, m
     Raises:
         PlacementError: the cluster cannot give it; names roles, wanted and free.
     """
-    gpus = {
-        request.role: request.gpus if request.gpus is not None else float(capacity.gpus > 0) for request in requests
-    }
+    each_gpu = _gpu_share(requests, capacity.gpus if may_wait else capacity.free_gpus)
+    gpus = {request.role: each_gpu if request.gpus is None else request.gpus for request in requests}
+    _refuse_ranks_on_one_gpu(requests, gpus)
     fixed = sum(request.workers * request.cpus for request in requests if request.cpus is not None)
     unset = sum(request.workers for request in requests if request.cpus is None)
     left = capacity.free_cpus - fixed
@@ -148,6 +148,27 @@ def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, m
             )
     _fit_nodes(requests, shares, capacity.nodes, strategy)
     return shares
+
+
+def _gpu_share(requests: Sequence[RoleRequest], gpus: float) -> float:
+    """GPUs of each worker that names none: one, or an equal part where there are fewer GPUs than such workers."""
+    fixed = sum(request.workers * request.gpus for request in requests if request.gpus is not None)
+    unset = sum(request.workers for request in requests if request.gpus is None)
+    left = math.floor(gpus - fixed + 1e-6)
+    if gpus == 0:
+        return 0.0
+    # The ranks of one process group cannot share a GPU; they are reported as a shortage.
+    ranks = any(request.rendezvous and request.workers > 1 and request.gpus is None for request in requests)
+    return 1.0 if unset <= left or left < 1 or ranks else math.floor(100 / math.ceil(unset / left)) / 100
+
+
+def _refuse_ranks_on_one_gpu(requests: Sequence[RoleRequest], gpus: Mapping[str, float]) -> None:
+    for request in requests:
+        if request.rendezvous and request.workers > 1 and 0 < gpus[request.role] < 1:
+            raise PlacementError(
+                f"{request.role} has {request.workers} workers with {gpus[request.role]:g} GPUs each: NCCL wants a "
+                f"whole GPU for each. Set {request.role}.workers to 1, or give each a GPU and let the others share"
+            )
 
 
 def _fit_nodes(

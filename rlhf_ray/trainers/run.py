@@ -1,6 +1,6 @@
 """A run's folder and the course of one stage in it: start or resume, iterations, checkpoints, stop requests, result.
 
-    with RunFolder.create(run_dir, config_yaml) as folder:               # `RunFolder.open(run_dir)` to resume
+    with RunFolder.create(run_dir, files) as folder:                     # `RunFolder.open(run_dir)` to resume
         with StageRun(folder, stage, total=200, seed=1, tracking=tracking, recorder=recorder) as run:
             run.start_or_resume(parts)                                   # parts: how workers save and load, see `Parts`
             if run.iteration == 0:
@@ -36,7 +36,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +68,7 @@ CONFIG = "config.yaml"
 DONE = "done.json"
 BEST = "best.json"
 SHOWN_SAMPLES = 3
+_QUESTIONS = ("memory", "counts")  # what workers are asked for metrics, which is no phase of an iteration
 
 
 class Parts(Protocol):
@@ -115,15 +116,15 @@ class StageResult:
 class RunFolder:
     """The folder of one run, locked while this process works in it; made by `create` or `open`, a context manager."""
 
-    def __init__(self, path: Path, lock: int, *, created: bool) -> None:
+    def __init__(self, path: Path, lock: int, *, created: Sequence[str]) -> None:
         self.path = path
         self._lock = lock
         self._created = created
         self._new_stages: set[Path] = set()
 
     @classmethod
-    def create(cls, run_dir: str | Path, config_yaml: str) -> RunFolder:
-        """A folder for a new run, its resolved config written into it.
+    def create(cls, run_dir: str | Path, files: Mapping[str, str]) -> RunFolder:
+        """A folder for a new run, with its first files by their names; the last of them is the config.
 
         Raises:
             ConfigError: the folder holds a run already, cannot be made, or another process works in it.
@@ -137,11 +138,12 @@ class RunFolder:
         lock = _lock(path)
         try:
             _refuse_a_run(path)
-            write_text(path / CONFIG, config_yaml)
+            for name, text in files.items():
+                write_text(path / name, text)
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, lock, created=True)
+        return cls(path, lock, created=list(files))
 
     @classmethod
     def open(cls, run_dir: str | Path) -> RunFolder:
@@ -154,7 +156,7 @@ class RunFolder:
         if not (path / CONFIG).is_file():
             what = "holds no run (no config.yaml)" if path.is_dir() else "does not exist"
             raise ConfigError(f"{path} {what}; resume wants the run_dir of an earlier `rlhf-ray run`")
-        return cls(path, _lock(path), created=False)
+        return cls(path, _lock(path), created=[])
 
     def __enter__(self) -> Self:
         return self
@@ -166,7 +168,8 @@ class RunFolder:
         if isinstance(error, UserError) and self._created and self._untouched():
             for stage in self._new_stages:
                 remove_folder(stage)
-            (self.path / CONFIG).unlink(missing_ok=True)
+            for name in self._created:
+                (self.path / name).unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
@@ -638,6 +641,8 @@ def span_metrics(spans: list[Span], *, wall_s: float, tokens: Mapping[str, float
     """
     metrics: dict[str, float] = {}
     for (role, method), seconds in seconds_by_method(spans).items():
+        if method in _QUESTIONS:
+            continue
         name = f"time/{phase_name(role, method)}_s"
         metrics[name] = metrics.get(name, 0.0) + seconds
         count = tokens.get("response" if method == "generate" else "all", 0.0)

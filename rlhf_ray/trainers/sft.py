@@ -16,7 +16,7 @@ def total_steps(config: schema.Sft, texts: TextSet) -> int:
     """Optimizer steps of the whole stage."""
     if config.steps is not None:
         return config.steps
-    # 1.1 times 10 is a little more than 11 in floating point, and 11 steps are meant.
+    # 1.1 times 100 is a little more than 110 in floating point, and 110 steps are meant.
     return max(1, math.ceil((config.epochs or 1) * texts.steps_per_epoch(config.batch_size) - 1e-6))
 
 

@@ -101,7 +101,7 @@ class WeightSync:
         }
 
     def check_rollouts(self, rollouts: Rollouts, logprobs: TokenFloat) -> None:
-        """Raises WeightSyncError, with the worst token, where samples' log-probabilities [B, T] are not the learner's."""
+        """Raises WeightSyncError, with the worst token, where log-probabilities [B, T] are not the learner's."""
         mask = rollouts.sequences.response_mask
         difference = ((rollouts.generator_logprobs - logprobs).abs() * mask).nan_to_num(nan=torch.inf)
         mean, largest = float(difference.sum() / mask.sum().clamp(min=1)), float(difference.max())

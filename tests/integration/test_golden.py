@@ -91,7 +91,12 @@ def check(name: str, rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> No
 
 def test_ppo(tmp_path: Path, cluster: Cluster) -> None:
     """GAE with a critic, two mini-batches, KL in the reward; sampled by vLLM."""
-    config = tiny_ppo(tmp_path, kl={"coefficient": 0.1}, critic={"optimizer": {"learning_rate": 1e-3}})
+    config = tiny_ppo(
+        tmp_path,
+        kl={"coefficient": 0.1},
+        critic={"optimizer": {"learning_rate": 1e-3}},
+        evaluation={"temperature": 1.0},
+    )
     check("ppo", run(config, tmp_path), PPO_METRICS)
 
 

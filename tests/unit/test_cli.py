@@ -14,9 +14,10 @@ import pytest
 
 from rlhf_ray import doctor
 from rlhf_ray.cli import main
-from rlhf_ray.config.load import load_pipeline, save_run_config
+from rlhf_ray.config.load import load_pipeline, run_files
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.errors import DataError, Interrupted, WorkerError
+from rlhf_ray.trainers.run import RunFolder
 
 PIPELINE = """\
 run_dir: runs/test
@@ -89,7 +90,7 @@ def test_run_hands_over_the_pipeline_with_its_overrides(folder: Path, pipeline: 
 def test_run_refuses_the_folder_of_another_run(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_run_config(load_pipeline("test.yaml"), pipeline_dir=folder)
+    RunFolder.create("runs/test", run_files(load_pipeline("test.yaml"), pipeline_dir=folder)).close()
     assert code("run", "test.yaml") == 2
     assert "rlhf-ray resume runs/test" in capsys.readouterr().err
     assert pipeline.calls == []
@@ -99,7 +100,7 @@ def test_resume_goes_on_where_the_run_was_started(
     folder: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     config = load_pipeline("test.yaml", ["seed=7"])
-    save_run_config(config, pipeline_dir=folder)
+    RunFolder.create(config.run_dir, run_files(config, pipeline_dir=folder)).close()
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert code("resume", str(folder / "runs" / "test")) == 0
     expected = config.model_copy(update={"run_dir": str(folder / "runs" / "test")})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_ray.config.load import dump_pipeline, load_pipeline, read_origin, save_run_config
+from rlhf_ray.config.load import dump_pipeline, load_pipeline, read_origin, run_files
 from rlhf_ray.config.schema import Kl, NewModel, Pipeline, Ppo, Sft
 from rlhf_ray.errors import ConfigError
 
@@ -202,11 +202,12 @@ def test_environment_variables_do_not_reach_the_resolved_file(folder: Path, monk
 def test_a_run_remembers_where_it_was_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     pipeline = load_pipeline("two.yaml")
-    save_run_config(pipeline, pipeline_dir=folder)
     run_dir = folder / "runs" / "two"
+    run_dir.mkdir(parents=True)
+    for name, text in run_files(pipeline, pipeline_dir=folder).items():
+        (run_dir / name).write_text(text)
     assert read_origin(run_dir) == (folder, folder)
     assert load_pipeline(run_dir / "config.yaml", pipeline_dir=folder) == pipeline
-    assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "origin.json"]
     (run_dir / "origin.json").write_text(json.dumps([]))
     assert read_origin(run_dir) == (run_dir, Path.cwd())
 

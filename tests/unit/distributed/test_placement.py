@@ -34,13 +34,25 @@ def test_unset_gpus_are_one_each_where_there_are_any() -> None:
     }
 
 
+def test_unset_gpus_are_equal_fractions_where_there_are_fewer() -> None:
+    one = Capacity(cpus=16, gpus=1, free_cpus=16, free_gpus=1, nodes=[Share(16, 1)])
+    roles = [RoleRequest(name, rendezvous=name == "policy") for name in ("policy", "reference", "generator")]
+    assert set(shares(roles, one).values()) == {Share(1, 0.33)}
+    assert shares([*roles, RoleRequest("critic")], GPU_BOX)["critic"] == Share(1, 0.5)
+
+
+def test_two_ranks_of_one_group_do_not_share_a_gpu() -> None:
+    with pytest.raises(PlacementError, match=r"policy has 2 workers with 0\.5 GPUs each: NCCL wants a whole GPU"):
+        shares([RoleRequest("policy", 2, gpus=0.5, rendezvous=True)], GPU_BOX)
+
+
 def test_a_shortage_names_role_wanted_and_free() -> None:
     with pytest.raises(PlacementError, match=r"^policy needs 4 GPUs; 2 of 8 are free\. "):
-        shares([RoleRequest("policy", 4), RoleRequest("reward", gpus=0)], GPU_BOX)
+        shares([RoleRequest("policy", 4, rendezvous=True), RoleRequest("reward", gpus=0)], GPU_BOX)
     with pytest.raises(
         PlacementError, match=r"^policy needs 2 GPUs, critic needs 0.5 GPUs \(2.5 GPUs together\); 2 of 8"
     ):
-        shares([RoleRequest("policy", 2), RoleRequest("critic", gpus=0.5)], GPU_BOX)
+        shares([RoleRequest("policy", 2, rendezvous=True), RoleRequest("critic", gpus=0.5)], GPU_BOX)
     with pytest.raises(PlacementError, match=r"^generator needs 3 CPUs; 2 of 2 are free"):
         shares([RoleRequest("generator", cpus=3)], LAPTOP)
     with pytest.raises(PlacementError, match=r"generator needs 2 CPUs, policy needs 1 CPU \(3 CPUs together\)"):
@@ -48,9 +60,9 @@ def test_a_shortage_names_role_wanted_and_free() -> None:
 
 
 def test_what_may_become_free_is_not_refused() -> None:
-    assert shares([RoleRequest("policy", 4)], GPU_BOX, wait=True) == {"policy": Share(1, 1)}
+    assert shares([RoleRequest("policy", 4, gpus=1)], GPU_BOX, wait=True) == {"policy": Share(1, 1)}
     with pytest.raises(PlacementError, match=r"policy needs 9 GPUs; 2 of 8 are free"):
-        shares([RoleRequest("policy", 9)], GPU_BOX, wait=True)
+        shares([RoleRequest("policy", 9, gpus=1)], GPU_BOX, wait=True)
 
 
 def test_what_no_node_can_hold_is_refused() -> None:

@@ -103,7 +103,7 @@ def learnt(run_dir: Path) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[dict[str, object]]:
     run_dir = tmp_path_factory.mktemp("undisturbed")
-    with RunFolder.create(run_dir, "seed: 1\n") as folder:
+    with RunFolder.create(run_dir, {"config.yaml": "seed: 1\n"}) as folder:
         train(folder, settings(), Counter())
     return learnt(run_dir)
 
@@ -111,7 +111,7 @@ def undisturbed(tmp_path_factory) -> list[dict[str, object]]:
 def test_a_whole_stage(tmp_path):
     run_dir = tmp_path / "run"
     out = io.StringIO()
-    with RunFolder.create(run_dir, "seed: 1\n") as folder:
+    with RunFolder.create(run_dir, {"config.yaml": "seed: 1\n"}) as folder:
         assert folder.result("ppo") is None
         result = train(folder, settings(), Counter(), out=out)
         assert folder.result("ppo") == result
@@ -142,7 +142,7 @@ def test_a_whole_stage(tmp_path):
 
 
 def test_the_model_card(tmp_path):
-    with RunFolder.create(tmp_path / "run", "") as folder:
+    with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
         result = train(folder, settings(), Counter())
     card = (result.model / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
@@ -166,7 +166,7 @@ def test_a_kill_anywhere_and_a_resume_give_the_undisturbed_run(tmp_path, killed_
             raise Killed
 
     config, run_dir = settings(), tmp_path / "run"
-    with pytest.raises(Killed), RunFolder.create(run_dir, "seed: 1\n") as folder:
+    with pytest.raises(Killed), RunFolder.create(run_dir, {"config.yaml": "seed: 1\n"}) as folder:
         train(folder, config, Counter(), during=kill)
     with RunFolder.open(run_dir) as folder:
         result = train(folder, config, Counter())
@@ -185,7 +185,7 @@ def test_a_failing_checkpoint_is_no_lost_run(tmp_path, undisturbed):
                 raise OSError("no space left on device")
             super().save(folder)
 
-    with pytest.raises(OSError, match="no space"), RunFolder.create(run_dir, "") as folder:
+    with pytest.raises(OSError, match="no space"), RunFolder.create(run_dir, {"config.yaml": ""}) as folder:
         train(folder, config, Full())
     assert [p.name for p in (run_dir / "ppo" / "checkpoints").iterdir() if not p.suffix] == ["iteration_000002"]
     with RunFolder.open(run_dir) as folder:
@@ -201,7 +201,7 @@ def test_a_run_that_died_while_ending_only_ends(tmp_path):
             super().save_model(folder)
 
     run_dir = tmp_path / "run"
-    with pytest.raises(OSError, match="no space"), RunFolder.create(run_dir, "") as folder:
+    with pytest.raises(OSError, match="no space"), RunFolder.create(run_dir, {"config.yaml": ""}) as folder:
         train(folder, settings(), Dies())
 
     def never(iteration):
@@ -223,7 +223,7 @@ def test_the_first_stop_request_ends_the_iteration_and_saves(tmp_path, number, e
         if iteration == 3:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(Interrupted) as raised, RunFolder.create(run_dir, "") as folder:
+    with pytest.raises(Interrupted) as raised, RunFolder.create(run_dir, {"config.yaml": ""}) as folder:
         train(folder, config, Counter(), during=stop, out=out)
     assert raised.value.exit_code == exit_code
     assert "stopped after iteration 3 of 6" in str(raised.value)
@@ -246,7 +246,7 @@ def test_the_second_stop_request_stops_at_once(tmp_path, undisturbed):
             time.sleep(60)
 
     with pytest.raises(Interrupted, match=r"stopped at once.*saved at iteration 2") as raised:
-        with RunFolder.create(run_dir, "") as folder:
+        with RunFolder.create(run_dir, {"config.yaml": ""}) as folder:
             train(folder, config, Counter(), during=stop_twice)
     assert raised.value.exit_code == 130
     with RunFolder.open(run_dir) as folder:
@@ -256,7 +256,7 @@ def test_the_second_stop_request_stops_at_once(tmp_path, undisturbed):
 
 def test_before_the_workers_are_ready_the_first_request_stops_at_once(tmp_path):
     def set_up_and_stop():
-        with RunFolder.create(tmp_path / "run", "") as folder:
+        with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
             with StageRun(folder, settings(), total=6, seed=1, tracking=schema.Tracking(), recorder=Recorder()):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(60)
@@ -273,7 +273,7 @@ def test_a_stop_in_the_last_iteration_leaves_the_end_to_resume(tmp_path):
         if iteration == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted), RunFolder.create(run_dir, "") as folder:
+    with pytest.raises(Interrupted), RunFolder.create(run_dir, {"config.yaml": ""}) as folder:
         train(folder, settings(), Counter(), during=stop)
     with RunFolder.open(run_dir) as folder:
         assert train(folder, settings(), Counter()).after == {"evaluation/reward_mean": 21.0}
@@ -283,7 +283,7 @@ def test_the_best_model_is_kept(tmp_path):
     config, run_dir = settings(iterations=2), tmp_path / "run"
     recorder, counter = Recorder(), Counter()
     view = PlainView("ppo", 2, recorder, unit="iteration", out=io.StringIO())
-    with RunFolder.create(run_dir, "") as folder:
+    with RunFolder.create(run_dir, {"config.yaml": ""}) as folder:
         with StageRun(folder, config, total=4, seed=1, tracking=schema.Tracking(), recorder=recorder, view=view) as run:
             run.start_or_resume(counter)
             for iteration, value in zip(run.remaining(), (1.0, 5.0, float("nan"), 5.0), strict=False):
@@ -307,13 +307,13 @@ def test_losses_are_minimised():
 def test_a_best_metric_that_no_evaluation_gives_is_named(tmp_path):
     config = settings(checkpoints={"best": "evaluation/accuracy"})
     with pytest.raises(ConfigError, match=r"ppo\.checkpoints\.best: got evaluation/accuracy.*evaluation/reward_mean"):
-        with RunFolder.create(tmp_path / "run", "") as folder:
+        with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
             train(folder, config, Counter())
 
 
 def test_other_settings_are_refused_on_resume(tmp_path):
     run_dir = tmp_path / "run"
-    with RunFolder.create(run_dir, "") as folder:
+    with RunFolder.create(run_dir, {"config.yaml": ""}) as folder:
         train(folder, settings(), Counter())
     with pytest.raises(CheckpointError, match=r"prompts_per_iteration: was 64, is 32"):
         with RunFolder.open(run_dir) as folder:
@@ -322,7 +322,7 @@ def test_other_settings_are_refused_on_resume(tmp_path):
 
 def test_a_finished_stage_can_be_prolonged(tmp_path):
     run_dir = tmp_path / "run"
-    with RunFolder.create(run_dir, "") as folder:
+    with RunFolder.create(run_dir, {"config.yaml": ""}) as folder:
         train(folder, settings(iterations=4), Counter())
     with RunFolder.open(run_dir) as folder:
         assert folder.result("ppo", total=6) is None
@@ -333,9 +333,9 @@ def test_a_finished_stage_can_be_prolonged(tmp_path):
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path):
     run_dir = tmp_path / "run"
-    RunFolder.create(run_dir, "seed: 1\n").close()
+    RunFolder.create(run_dir, {"config.yaml": "seed: 1\n"}).close()
     with pytest.raises(ConfigError, match=f"holds another run; go on with it by  rlhf-ray resume {run_dir}"):
-        RunFolder.create(run_dir, "seed: 2\n")
+        RunFolder.create(run_dir, {"config.yaml": "seed: 2\n"})
     assert (run_dir / "config.yaml").read_text() == "seed: 1\n"
 
 
@@ -349,13 +349,13 @@ def test_resume_of_nothing_is_a_mistake_of_the_user(tmp_path):
 def test_a_run_dir_that_cannot_be_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
-        RunFolder.create(tmp_path / "file", "")
+        RunFolder.create(tmp_path / "file", {"config.yaml": ""})
     with pytest.raises(ConfigError, match="cannot be made"):
-        RunFolder.create(tmp_path / "file" / "below", "")
+        RunFolder.create(tmp_path / "file" / "below", {"config.yaml": ""})
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):
-    with RunFolder.create(tmp_path / "run", ""):
+    with RunFolder.create(tmp_path / "run", {"config.yaml": ""}):
         with pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is working in"):
             RunFolder.open(tmp_path / "run")
     RunFolder.open(tmp_path / "run").close()
@@ -365,14 +365,14 @@ def test_a_mistake_before_anything_was_done_leaves_no_run_behind(tmp_path):
     (tmp_path / "run" / "logs").mkdir(parents=True)
 
     def make_and_fail():
-        with RunFolder.create(tmp_path / "run", "seed: 1\n") as folder:
+        with RunFolder.create(tmp_path / "run", {"config.yaml": "seed: 1\n"}) as folder:
             (folder.stage("sft") / "initial_model").mkdir(parents=True)
             raise DataError("x.jsonl:3: not JSON")
 
     with pytest.raises(DataError):
         make_and_fail()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "logs"]
-    RunFolder.create(tmp_path / "run", "seed: 2\n").close()
+    RunFolder.create(tmp_path / "run", {"config.yaml": "seed: 2\n"}).close()
 
 
 def test_a_mistake_after_the_first_iteration_leaves_the_run(tmp_path):
@@ -380,7 +380,7 @@ def test_a_mistake_after_the_first_iteration_leaves_the_run(tmp_path):
         if iteration == 2:
             raise DataError("x.jsonl:3: not JSON")
 
-    with pytest.raises(DataError), RunFolder.create(tmp_path / "run", "") as folder:
+    with pytest.raises(DataError), RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
         train(folder, settings(), Counter(), during=mistake)
     with RunFolder.open(tmp_path / "run") as folder:
         train(folder, settings(), Counter())
@@ -389,7 +389,7 @@ def test_a_mistake_after_the_first_iteration_leaves_the_run(tmp_path):
 def test_without_held_out_prompts_there_is_no_row_before_the_first_iteration(tmp_path):
     recorder = Recorder()
     view = PlainView("ppo", 1, recorder, unit="iteration", out=io.StringIO())
-    with RunFolder.create(tmp_path / "run", "") as folder:
+    with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
         with StageRun(
             folder, settings(), total=1, seed=1, tracking=schema.Tracking(), recorder=recorder, view=view
         ) as run:
@@ -400,13 +400,13 @@ def test_without_held_out_prompts_there_is_no_row_before_the_first_iteration(tmp
 
 
 def test_any_other_failure_leaves_a_run_to_resume(tmp_path):
-    with pytest.raises(RuntimeError), RunFolder.create(tmp_path / "run", "seed: 1\n"):
+    with pytest.raises(RuntimeError), RunFolder.create(tmp_path / "run", {"config.yaml": "seed: 1\n"}):
         raise RuntimeError("out of memory")
     RunFolder.open(tmp_path / "run").close()
 
 
 def test_a_model_that_is_gone_is_named(tmp_path):
-    with RunFolder.create(tmp_path / "run", "") as folder:
+    with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
         result = train(folder, settings(), Counter())
         (result.model / "config.json").unlink()
         with pytest.raises(CheckpointError, match="is gone"):
@@ -443,7 +443,7 @@ def test_what_an_evaluation_calls_is_no_training_time(tmp_path):
         recorder.finish(recorder.begin("generator", "generate"), [Span("generator", 0, "generate", 0.0, seconds)])
 
     view = PlainView("ppo", 1, recorder, unit="iteration", out=io.StringIO())
-    with RunFolder.create(tmp_path / "run", "") as folder:
+    with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
         with StageRun(
             folder, settings(), total=1, seed=1, tracking=schema.Tracking(), recorder=recorder, view=view
         ) as run:

@@ -131,14 +131,14 @@ def test_a_resumed_stage_goes_on_with_the_right_batch(tmp_path: Path, fails_at: 
     ("changes", "steps"),
     [
         ({"steps": 7}, 7),
-        ({"steps": None}, 10),
-        ({"steps": None, "epochs": 2}, 20),
-        ({"steps": None, "epochs": 0.25}, 3),
-        ({"steps": None, "epochs": 0.001}, 1),
-        # 1.1 * 10 is 11.000000000000002 in floating point.
-        ({"steps": None, "epochs": 1.1}, 11),
+        ({"steps": None}, 100),
+        ({"steps": None, "epochs": 2}, 200),
+        ({"steps": None, "epochs": 0.253}, 26),
+        ({"steps": None, "epochs": 0.0001}, 1),
+        # 1.1 * 100 is 110.00000000000001 in floating point.
+        ({"steps": None, "epochs": 1.1}, 110),
     ],
 )
 def test_total_steps(changes: dict[str, Any], steps: int) -> None:
-    texts: Any = SimpleNamespace(steps_per_epoch=lambda batch_size: 20 // batch_size)
+    texts: Any = SimpleNamespace(steps_per_epoch=lambda batch_size: 200 // batch_size)
     assert total_steps(sft_settings(**changes), texts) == steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,6 +38,7 @@ def make_prompts() -> Prompts:
         texts=["first", "second", "third"],
         answers=["a", None, 3],
         ids=[7, 3, 12],
+        repeats=[0, 0, 0],
     )
 
 
@@ -74,6 +77,14 @@ def test_samples_depend_on_run_iteration_prompt_and_number_alone(llama: str) -> 
     assert len({tuple(row) for row in whole}) == 6
     assert responses(other_rank.generate(prompts, SAMPLING, iteration=5)) != whole
     assert responses(make_generator(llama, seed=2).generate(prompts, SAMPLING, iteration=4)) != whole
+
+
+def test_a_prompt_that_comes_twice_gets_other_samples(llama: str) -> None:
+    once = make_prompts().select([0])
+    twice = Prompts.concat([once, replace(once, repeats=[1])])
+    rows = responses(make_generator(llama).generate(twice, SAMPLING, iteration=4))
+    assert rows[:2] == responses(make_generator(llama).generate(once, SAMPLING, iteration=4))
+    assert len({tuple(row) for row in rows}) == 4
 
 
 def test_a_prompt_that_is_too_long_is_named(llama: str) -> None:

@@ -55,7 +55,7 @@ def test_joint() -> None:
     objective = JointObjective(PolicyObjective(SURROGATE, None), ValueObjective(ValueLoss(0.0, "token_mean")), 0.1)
     loss, metrics = objective(OUTPUTS, EXPERIENCE)
     assert loss.item() == pytest.approx(-1.5 + 0.1 * 2)
-    assert metrics["policy_loss"].item() == pytest.approx(-1.5)
+    assert metrics["loss"].item() == pytest.approx(-1.5)
     assert metrics["critic/loss"].item() == pytest.approx(2.0)
     assert metrics["critic/value"].item() == pytest.approx(4.0)
 

@@ -114,8 +114,13 @@ def reviews(split: str, rows: int, seed: int = 0) -> list[Review]:
 
 
 def judge(text: str) -> float:
-    """Sentiment in [-1, 1]: (positive - negative) / (positive + negative) words, 0 where there are none."""
+    """Sentiment in [-1, 1]: (positive - negative) / (positive + negative) words, 0 where there are none.
+
+    Where both are equally many the last of them, which stands in the verdict, counts once more.
+    """
     labels = [_LABEL_OF_WORD[word] for word in re.findall(r"[a-z]+", text.lower()) if word in _LABEL_OF_WORD]
+    if labels and 2 * sum(labels) == len(labels):
+        labels.append(labels[-1])
     return (2 * sum(labels) - len(labels)) / len(labels) if labels else 0.0
 
 

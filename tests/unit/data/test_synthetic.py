@@ -47,7 +47,8 @@ def test_judge_by_hand() -> None:
     assert judge("It was superb and warm.") == 1
     assert judge("It was DULL") == -1
     assert judge("superb, superb, dull") == pytest.approx(1 / 3)
-    assert judge("superb but dull") == 0
+    assert judge("superb but dull") == pytest.approx(-1 / 3)
+    assert judge("dull but superb") == pytest.approx(1 / 3)
     assert judge("It runs for two hours.") == 0
     assert judge("superbly") == 0
 

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from rlhf_ray.errors import RlhfRayError, UserError, WorkerError
 
 _LAST_LINES = 20
+_NOTICE_S = 1.0
 _LAST_BYTES = 8192
 _STACK_S = 0.3
 STACK_SIGNAL = signal.SIGUSR2
@@ -99,8 +100,31 @@ def wait(calls: Sequence[Call]) -> list[Reply]:
             raise _late([calls[index] for index in left.values()], start)
         for reply in done:
             index = left.pop(reply)
-            replies[index] = _answer(calls[index])
+            try:
+                replies[index] = _answer(calls[index])
+            except WorkerError:
+                _raise_a_death([calls[index] for index in left.values()])
+                raise
     return [replies[index] for index in range(len(calls))]
+
+
+def _raise_a_death(calls: Sequence[Call]) -> None:
+    """WorkerError for a worker that died: its neighbours, who lost the connection, may complain before Ray notices."""
+    if not calls:
+        return
+    done, _ = ray.wait([call.reply for call in calls], num_returns=len(calls), timeout=_NOTICE_S)
+    for call in calls:
+        if call.reply in done:
+            try:
+                ray.get(call.reply, timeout=0)
+            except RayActorError as error:
+                raise _death(call, error) from None
+            except RayError:
+                continue
+
+
+def _death(call: Call, error: RayActorError) -> WorkerError:
+    return WorkerError(f"{call.where}: the worker died: {_cause(error)}{_last_lines(call)}")
 
 
 def _answer(call: Call) -> Reply:
@@ -114,7 +138,7 @@ def _answer(call: Call) -> Reply:
     except OutOfMemoryError as error:
         raise WorkerError(f"{call.where}: the machine ran out of memory, and Ray ended the worker\n{error}") from None
     except RayActorError as error:
-        raise WorkerError(f"{call.where}: the worker died: {_cause(error)}{_last_lines(call)}") from None
+        raise _death(call, error) from None
     except RayError as error:
         raise WorkerError(f"{call.where}: {type(error).__name__}: {error}") from None
     assert isinstance(reply, Reply), reply

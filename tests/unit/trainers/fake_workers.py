@@ -98,6 +98,9 @@ class FakeLearner:
         self.weights += 1
         return {"loss": float(self.weights), "grad_norm": 2.0, "guard/skipped_steps": 1.0}
 
+    def memory(self) -> float:
+        return 1.5
+
     def evaluate_loss(self, sequences: Sequences) -> float:
         self.events.append((f"{self.name} evaluate_loss", len(sequences)))
         return 1.0 / (1 + self.weights)
@@ -112,6 +115,9 @@ class FakeReference:
     def logprobs(self, sequences: Sequences, temperature: float) -> Tensor:
         self.events.append(("reference logprobs", temperature))
         return torch.where(sequences.response_mask, -1.25, 0.0)
+
+    def memory(self) -> float:
+        return 0.5
 
 
 class FakeGenerator:
@@ -130,6 +136,9 @@ class FakeGenerator:
         rollouts.generator_logprobs[rollouts.sequences.response_mask] = -0.75
         return rollouts
 
+    def memory(self) -> float:
+        return 2.5
+
 
 class FakeScorer:
     """`first` for the first row, then one more for each row, plus 100 times the policy's version."""
@@ -140,9 +149,15 @@ class FakeScorer:
     def score(self, rollouts: Rollouts) -> Tensor:
         return self.first + torch.arange(float(len(rollouts))) + 100.0 * rollouts.policy_version
 
+    def memory(self) -> float:
+        return 0.25
+
+    def counts(self) -> dict[str, int]:
+        return {"truncated": 3}
+
 
 class FakeSync:
-    """Gives the generator its version."""
+    """Gives the generator its version, and finds no fault with its samples."""
 
     def __init__(self, events: Events, generator: FakeGenerator) -> None:
         self.events = events
@@ -152,6 +167,9 @@ class FakeSync:
         self.events.append(("sync", version))
         self.generator.version = version
         return {"sync/bytes": 8.0}
+
+    def check_rollouts(self, rollouts: Rollouts, logprobs: Tensor) -> None:
+        self.events.append(("check rollouts", rollouts.policy_version, float(logprobs.min())))
 
 
 class FakePrompts:

@@ -100,7 +100,10 @@ def test_rewards_without_kl(kl: dict[str, str]) -> None:
     experience, summary = experience_of_two(kl=kl, advantages={"lam": 1.0})
     close(experience.returns, [2.0, 2.0, 2.0], [-3.0, -3.0])
     close(experience.advantages, [1.5, 1.0, 0.5], [-3.25, -3.75])
-    torch.testing.assert_close(summary.kl_per_sequence, torch.tensor([0.5, 1.5]))
+    if kl["place"] == "off":
+        assert summary.kl_per_sequence is None
+    else:
+        torch.testing.assert_close(summary.kl_per_sequence, torch.tensor([0.5, 1.5]))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +380,7 @@ class Stage:
         fakes: Any = (FakePrompts(), FakePrompts() if held_out else None)
         sync: Any = FakeSync(self.events, groups.generator.worker)  # type: ignore[attr-defined]
         resume = self.run_dir.exists()
-        with RunFolder.open(self.run_dir) if resume else RunFolder.create(self.run_dir, "seed: 1") as folder:
+        with RunFolder.open(self.run_dir) if resume else RunFolder.create(self.run_dir, {"config.yaml": ""}) as folder:
             with stage_run(folder, self.config, total=self.config.iterations, recorder=recorder) as run:
                 run.start_or_resume(FakeParts(self.policy, kl))
                 train_ppo(self.config, groups, *fakes, sync, kl, run)
@@ -392,8 +395,9 @@ JUDGED = [("reference logprobs", 1.0), ("policy logprobs", None), ("critic value
 
 
 def iteration_events(iteration: int, ids: list[int]) -> Events:
+    checked = ("check rollouts", iteration - 1, -1.0)
     learnt = [(f"{role} update", iteration, 1, 1, True) for role in ("policy", "critic")]
-    return [("generate", iteration, ids), *JUDGED, *learnt, ("sync", iteration)]
+    return [("generate", iteration, ids), *JUDGED, checked, *learnt, ("sync", iteration)]
 
 
 EVALUATED = [("generate", 0, [90, 91, 92])]
@@ -422,6 +426,9 @@ def test_the_order_of_events(tmp_path: Path) -> None:
         assert row["generator/logprob_diff_mean"] == pytest.approx(0.25)
         assert row["sync/bytes"] == 8
         assert row["correction/weight_mean"] == 1
+        peaks = {"policy": 1.5, "critic": 1.5, "reference": 0.5, "generator": 2.5, "reward/function": 0.25}
+        assert {role: row[f"{role}/peak_memory_gib"] for role in peaks} == peaks
+        assert row["reward/function_truncated"] == 3
         assert {"time/generate_s", "time/policy_update_s", "time/reward_function_score_s"} <= row.keys()
     folder = stage.run_dir / "ppo"
     kept = read_rollouts(folder / "rollouts/iteration_000002.parquet")
@@ -454,6 +461,28 @@ def test_nothing_is_evaluated_without_held_out_prompts(tmp_path: Path) -> None:
     assert evaluate(stage.config, groups, None, run, iteration=0) == {}
 
 
+@pytest.mark.parametrize(
+    ("changes", "absent", "attested"),
+    [
+        ({}, (), True),
+        ({"kl": {"place": "off"}}, ("kl/",), True),
+        # Then there is nothing to compare the generator's log-probabilities with.
+        ({"old_logprobs": "generator"}, ("generator/logprob_diff",), False),
+        ({"sampling": {"top_p": 0.9}}, (), False),
+    ],
+    ids=["all", "without KL", "the generator's log-probabilities", "filtered samples"],
+)
+def test_what_cannot_be_measured_is_not_reported(
+    tmp_path: Path, changes: dict[str, Any], absent: tuple[str, ...], attested: bool
+) -> None:
+    stage = Stage(tmp_path, **changes)
+    events = stage.session()
+    row = stage.metrics()[1]
+    for beginning in ("kl/", "generator/logprob_diff"):
+        assert any(name.startswith(beginning) for name in row) == (beginning not in absent)
+    assert any(name == "check rollouts" for name, *_ in events) == attested
+
+
 ADAPTIVE = {"controller": "adaptive", "coefficient": 0.1, "target": 0.5 / 1.1, "horizon": 40.0}
 
 
@@ -475,7 +504,7 @@ def test_a_resumed_stage_goes_on_where_it_was_saved(tmp_path: Path, fails_at: in
     stage = Stage(tmp_path / "stopped", **changes)
     with pytest.raises(RuntimeError, match=f"update {fails_at}"):
         stage.session(fails_at=fails_at)
-    assert stage.events[-1][0] == "critic values"
+    assert stage.events[-1][0] == "check rollouts"
     # The samples are there though nothing was learnt from them.
     assert (stage.run_dir / f"ppo/rollouts/iteration_{fails_at:06}.parquet").exists()
 

@@ -64,7 +64,7 @@ class Stage:
         texts: Any = FakeTexts(events)
         assert self.config.steps is not None
         resume = self.run_dir.exists()
-        with RunFolder.open(self.run_dir) if resume else RunFolder.create(self.run_dir, "seed: 1") as folder:
+        with RunFolder.open(self.run_dir) if resume else RunFolder.create(self.run_dir, {"config.yaml": ""}) as folder:
             with stage_run(folder, self.config, total=self.config.steps, recorder=recorder) as run:
                 run.start_or_resume(FakeParts(self.learner))
                 train_sft(self.config, policy, texts, texts if held_out else None, run)

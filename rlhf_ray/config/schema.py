@@ -99,7 +99,8 @@ class Learner(Workers):
     dtype: DType = "float32"
     """Type of the weights in forward and backward passes; bfloat16 keeps float32 master weights."""
     zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_not_boolean)] = 0
-    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients as well, 3 parameters as well; bfloat16 uses 2 at least."""
+    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients as well, 3 parameters as well.
+    With bfloat16 it is 2 at least."""
     cpu_offload: StrictBool = False
     """Keep optimizer states in host memory (ZeRO 1 to 3)."""
     activation_checkpointing: StrictBool = False

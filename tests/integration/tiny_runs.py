@@ -44,7 +44,7 @@ def tiny_ppo(folder: Path, *, run: str = "run", **changes: Any) -> schema.Pipeli
         {
             "run_dir": str(folder / run),
             "seed": 3,
-            "placement": {"call_timeout_s": 120, "start_timeout_s": 120},
+            "placement": {"call_timeout_s": 120, "start_timeout_s": 240},
             "stages": [merged(stage, changes)],
         }
     )

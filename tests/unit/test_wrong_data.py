@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.cli import main
 from rlhf_ray.config.schema import PromptData, TextData
 from rlhf_ray.data.prompts import check_prompts
 from rlhf_ray.data.texts import check_texts, texts_for_tokenizer
 from rlhf_ray.errors import DataError
+from tests.tiny_models import make_llama
 
 CORPUS = Path(__file__).parents[1] / "wrong_files" / "data"
 
@@ -118,3 +120,48 @@ def test_messages_where_the_settings_want_strings(tmp_path: Path) -> None:
 def test_only_the_rows_in_use_are_checked() -> None:
     source = {"path": str(CORPUS / "number_prompt.jsonl"), "rows": 2}
     assert check_prompts(PromptData(train=source)) == {"train": 2, "evaluation": 0}
+
+
+PIPELINE = """\
+run_dir: {folder}/run
+method: ppo
+iterations: 1
+policy: {{model: {model}}}
+reward: [{{kind: function, function: "lengths:length"}}]
+data: {{train: {data}, max_prompt_tokens: 40}}
+"""
+
+
+def pipeline_file(folder: Path, *, data: Path, model: str) -> str:
+    (folder / "lengths.py").write_text("def length(prompts, responses, answers):\n    return [0.0] * len(prompts)\n")
+    file = folder / "pipeline.yaml"
+    file.write_text(PIPELINE.format(folder=folder, model=model, data=data))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", [name for name in PROMPTS if (CORPUS / name).is_file()])
+def test_the_command_line_names_file_and_row_and_exits_with_2(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["check", pipeline_file(tmp_path, data=CORPUS / name, model="somebody/some-model")])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2, error
+    place, *words = PROMPTS[name]
+    # An unknown kind of file is found as a mistake of the pipeline file already.
+    assert (f"{CORPUS / name}{place}: " in error and words[0] in error) or "data.train" in error
+    assert "Traceback" not in error
+
+
+def test_a_row_that_is_too_long_is_named_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    model = make_llama(tmp_path / "llama")
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", pipeline_file(tmp_path, data=CORPUS / "too_long.jsonl", model=model)])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2, error
+    assert f"{CORPUS / 'too_long.jsonl'}:2: " in error
+    assert "wanted at most 40 (data.max_prompt_tokens)" in error
+    assert not ray.is_initialized()
+    assert not (tmp_path / "run" / "config.yaml").exists()

@@ -208,9 +208,9 @@ class PlainView:
             self._print(f"prompt: {clip(pair.prompt, 200)}")
             self._print(f"  before ({pair.score_before:+.3f}): {clip(pair.before, 300)}")
             self._print(f"  after  ({pair.score_after:+.3f}): {clip(pair.after, 300)}")
-        self._print(f"model: {summary.model}")
+        self._print(f"model: {_shown(summary.model)}")
         if summary.best:
-            self._print(f"best model: {summary.best}")
+            self._print(f"best model: {_shown(summary.best)}")
 
     def _print(self, text: str) -> None:
         print(f"[{self._stage}] {text}", file=self._out, flush=True)
@@ -299,9 +299,9 @@ def _results(summary: Summary) -> Table:
     for index, (name, before, after) in enumerate(comparisons(summary)):
         value = after if before is None else f"{before} → {after}"
         table.add_row(name, Text(value, style="bold green" if index == 0 else ""))
-    table.add_row("model", Text(str(summary.model), overflow="fold"))
+    table.add_row("model", Text(_shown(summary.model), overflow="fold"))
     if summary.best:
-        table.add_row("best model", Text(str(summary.best), overflow="fold"))
+        table.add_row("best model", Text(_shown(summary.best), overflow="fold"))
     return table
 
 
@@ -390,3 +390,9 @@ def clip(text: str, length: int) -> str:
     """The printable text, cut to a length with an ellipsis."""
     line = printable(text).strip()
     return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def _shown(path: Path) -> str:
+    """The path from the working directory, where it is below that; else as it is."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

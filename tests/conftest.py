@@ -1,8 +1,14 @@
-"""Small models in Hugging Face directories, made once for a whole test run."""
+"""One thread, checked shapes, and small models in Hugging Face directories, made once for a whole test run."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+# Before any test imports them: the shapes in the signatures of the algorithms are checked in every call.
+install_import_hook("rlhf_ray.algorithms", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 TEXTS = ["The film was a joy, and we laughed.", "A dull and dreary film; nobody laughed."] * 20
 

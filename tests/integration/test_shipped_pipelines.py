@@ -48,7 +48,7 @@ def test_ppo_imdb(tmp_path: Path, cluster: Cluster) -> None:
         ],
     )
     assert [row["iteration"] for row in rows] == [0, 1, 2]
-    assert all(row["generator/logprob_diff_mean"] < 1e-4 for row in rows[1:])
+    assert all(row["sync/probe_diff_mean"] < 1e-4 for row in rows[1:])
     journal = pandas.read_parquet(tmp_path / "run/ppo/rollouts/iteration_000001.parquet")
     assert (journal["tokens"].map(len) - journal["length"]).between(2, 8).all()
     assert journal["length"].between(4, 16).all()

@@ -153,9 +153,13 @@ def test_the_command_line_names_file_and_row_and_exits_with_2(
     assert "Traceback" not in error
 
 
-def test_a_row_that_is_too_long_is_named_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import ray
+def test_a_row_that_is_too_long_is_named_before_ray_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("Ray is started")
 
+    monkeypatch.setattr("rlhf_ray.pipeline.Cluster", never)
     model = make_llama(tmp_path / "llama")
     with pytest.raises(SystemExit) as exit_:
         main(["run", pipeline_file(tmp_path, data=CORPUS / "too_long.jsonl", model=model)])
@@ -163,5 +167,4 @@ def test_a_row_that_is_too_long_is_named_before_ray_starts(tmp_path: Path, capsy
     assert exit_.value.code == 2, error
     assert f"{CORPUS / 'too_long.jsonl'}:2: " in error
     assert "wanted at most 40 (data.max_prompt_tokens)" in error
-    assert not ray.is_initialized()
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 
+from rlhf_ray.distributed import placement
 from rlhf_ray.distributed.placement import Capacity, Cluster, RoleRequest, Share, fit, worker_environment
 from rlhf_ray.distributed.rendezvous import Meeting, environment
 from rlhf_ray.errors import ConfigError, PlacementError
@@ -97,7 +98,12 @@ def test_worker_environment_pins_threads_and_devices(monkeypatch: pytest.MonkeyP
         ("127.0.0.1:1", "got '127.0.0.1:1', but nothing answers there"),
     ],
 )
-def test_an_address_without_a_cluster_is_the_users_error(address: str, message: str) -> None:
+def test_an_address_without_a_cluster_is_the_users_error(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In a whole test run the integration tests' cluster is open, and would be joined.
+    monkeypatch.setattr(placement, "_connection", None)
+    monkeypatch.setattr(placement.ray, "is_initialized", lambda: False)
     with pytest.raises(ConfigError, match=f"^placement.address: {message}"), Cluster(address):
         pass
 

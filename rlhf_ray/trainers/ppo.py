@@ -7,6 +7,7 @@ update policy and critic, and the new weights go to the generators.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -139,11 +140,13 @@ def gather_judgements(
     recompute = config.old_logprobs == "learner"
     old = groups.policy.split(Learner.logprobs, sequences) if recompute else None
     values = groups.critic and groups.critic.split(Learner.values, sequences)
+    asked: list[Pending[Any]] = [*scores, *(pending for pending in (reference, old, values) if pending)]
+    gather(*asked)  # whichever fails first is raised at once
 
     old_logprobs = old.result() if old else rollouts.generator_logprobs
     zeros = torch.zeros_like(rollouts.generator_logprobs)
     return (
-        dict(zip(groups.rewards, gather(*scores), strict=True)),
+        dict(zip(groups.rewards, (pending.result() for pending in scores), strict=True)),
         reference.result() if reference else old_logprobs,
         old_logprobs,
         values.result() if values else Values(zeros, zeros[:, 0]),

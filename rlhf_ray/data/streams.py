@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,7 +74,3 @@ class Stream:
             drawn = np.minimum(np.searchsorted(self._shares, uniform, side="right"), len(self._sizes) - 1)
             self._draws = (chunk, drawn.astype(np.int64))
         return self._draws[1]
-
-    def source_of(self, row: int) -> int:
-        """The source that a row belongs to."""
-        return bisect_right(self._firsts, row) - 1

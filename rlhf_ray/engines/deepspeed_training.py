@@ -202,10 +202,6 @@ class TrainingEngine:
         with context:
             yield [(name, owned[name].detach()) for name in names]
 
-    def parameter_count(self) -> int:
-        """Number of weights of the whole network."""
-        return sum(_numel(parameter) for parameter in self.module.parameters())
-
     def save(self, directory: Path) -> None:
         """Writes this rank's shard of weights, optimizer and counters; every rank calls it with the same directory."""
         self._engine.save_checkpoint(

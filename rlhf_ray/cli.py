@@ -23,7 +23,7 @@ from rlhf_ray.config.describe import METHODS, Setting, list_settings
 from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, read_origin
 from rlhf_ray.config.problems import suggestion
 from rlhf_ray.config.rules import warnings
-from rlhf_ray.config.schema import FunctionReward, NewModel, Pipeline, Ppo, Sft
+from rlhf_ray.config.schema import FunctionReward, NewModel, Pipeline, Ppo, Sft, Stage
 from rlhf_ray.errors import ConfigError, Interrupted, RlhfRayError, UserError
 
 PROGRAM = "rlhf-ray"
@@ -237,7 +237,7 @@ def _sigterm_exits() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def summary(config: Pipeline, stage: Sft | Ppo) -> str:
+def summary(config: Pipeline, stage: Stage) -> str:
     """One line on a stage: what is trained, for how long, and where the result goes."""
     model = stage.policy.model
     name = f"a fresh {model.size} {model.family}" if isinstance(model, NewModel) else model
@@ -245,7 +245,7 @@ def summary(config: Pipeline, stage: Sft | Ppo) -> str:
         samples = stage.prompts_per_iteration * stage.sampling.samples_per_prompt
         length = f"{stage.iterations} iterations of {samples} samples, {stage.advantages.estimator}"
     elif stage.steps is not None:
-        length = f"{stage.steps} steps of {stage.batch_size} sequences"
+        length = f"{stage.steps} steps of {stage.batch_size} {'sequences' if isinstance(stage, Sft) else 'pairs'}"
     else:
         length = f"{stage.epochs or 1:g} epochs in batches of {stage.batch_size}"
     return f"{stage.name} ({stage.method}): {name}, {length} -> {Path(config.run_dir) / stage.name / 'model'}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import run_files
 from rlhf_ray.config.rules import reward_names
+from rlhf_ray.data.preferences import PreferenceSet, load_preferences
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.texts import TextSet, load_texts, texts_for_tokenizer
 from rlhf_ray.distributed.groups import RayGroup, WorkerGroup, gather
@@ -26,6 +28,7 @@ from rlhf_ray.plan import check_data
 from rlhf_ray.trainers.durable import write_folder
 from rlhf_ray.trainers.metrics import check_tracking
 from rlhf_ray.trainers.ppo import KlController, PpoGroups, train_ppo
+from rlhf_ray.trainers.reward_model import score_statistics, train_reward_model
 from rlhf_ray.trainers.run import RunFolder, StageResult, StageRun
 from rlhf_ray.trainers.sft import total_steps, train_sft
 from rlhf_ray.trainers.weight_sync import WeightSync
@@ -67,10 +70,10 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
         ) as cluster:
             for stage in config.stages:
                 site = _Site(config, folder, cluster, recorder, pipeline_dir, early)
-                if stage.method == "sft":
-                    _run_sft(site, stage)
-                else:
+                if stage.method == "ppo":
                     _run_ppo(site, stage)
+                else:
+                    _run_supervised(site, stage)
 
 
 @dataclass(frozen=True)
@@ -126,15 +129,23 @@ class _Site:
 
 def _result(folder: RunFolder, stage: schema.Stage) -> StageResult | None:
     """The stage's result; None where there is something left to do."""
-    return folder.result(stage.name, total=stage.steps if stage.method == "sft" else stage.iterations)
+    return folder.result(stage.name, total=stage.iterations if stage.method == "ppo" else stage.steps)
+
+
+DataSet: TypeAlias = TextSet | PreferenceSet | PromptSet
+_LOADERS: dict[str, Callable[..., DataSet]] = {
+    "sft": load_texts,
+    "reward_model": load_preferences,
+    "ppo": load_prompts,
+}
 
 
 @dataclass(frozen=True)
 class _Data:
     """A stage's encoded data, none where it has none for evaluation, and the tokenizer that encoded it."""
 
-    train: PromptSet | TextSet
-    held_out: PromptSet | TextSet | None
+    train: DataSet
+    held_out: DataSet | None
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -145,7 +156,7 @@ def _known_models(config: schema.Pipeline) -> list[schema.Stage]:
 
 def _load_data(stage: schema.Stage, model: Any, seed: int) -> _Data:
     tokenizer = load_tokenizer(stage.policy.tokenizer or model, stage.policy.tokenizer_revision)
-    load: Any = load_texts if isinstance(stage, schema.Sft) else load_prompts
+    load = _LOADERS[stage.method]
     train = load(stage.data, tokenizer, seed=seed, sources="train")
     held_out = load(stage.data, tokenizer, seed=seed, sources="evaluation") if stage.data.evaluation else None
     return _Data(train, held_out, tokenizer)
@@ -153,10 +164,17 @@ def _load_data(stage: schema.Stage, model: Any, seed: int) -> _Data:
 
 @dataclass(frozen=True)
 class _LearnerParts:
-    """How a stage's learners, and the KL coefficient where there is one, are saved and restored."""
+    """How a stage's learners, and the KL coefficient where there is one, are saved and restored.
+
+    Args:
+        learners: the groups by role; `policy` is the one whose model is the result.
+        kl: the KL coefficient.
+        notes: what the model's config.json says besides, asked for at each saving.
+    """
 
     learners: Mapping[str, WorkerGroup[Learner]]
     kl: KlController | None = None
+    notes: Callable[[], dict[str, float]] = dict
 
     def state(self) -> dict[str, Any]:
         return {"kl": self.kl.state_dict()} if self.kl else {}
@@ -172,22 +190,20 @@ class _LearnerParts:
         gather(*(group.all(Learner.load, folder.absolute() / role) for role, group in self.learners.items()))
 
     def save_model(self, folder: Path) -> None:
-        self.learners["policy"].all(Learner.save_model, folder.absolute()).result()
+        self.learners["policy"].all(Learner.save_model, folder.absolute(), self.notes()).result()
 
 
-def _run_sft(site: _Site, stage: schema.Sft) -> None:
+def _run_supervised(site: _Site, stage: schema.Sft | schema.RewardModel) -> None:
     if _result(site.folder, stage) is not None:
         return
     model = site.initial_model(stage)
     data = site.data(stage, model)
-    texts, held_out = data.train, data.held_out
-    assert isinstance(texts, TextSet)
-    assert held_out is None or isinstance(held_out, TextSet)
-    seed = site.config.seed
-    total = total_steps(stage, texts)
+    train: Any = data.train
+    held_out: Any = data.held_out
+    total = total_steps(stage, train)
     with ExitStack() as stack:
         run = stack.enter_context(site.stage_run(stage, total=total))
-        _report(run, "train", texts.report)
+        _report(run, "train", train.report)
         if held_out is not None:
             _report(run, "evaluation", held_out.report)
         request = _learner_request("policy", stage.policy)
@@ -198,17 +214,22 @@ def _run_sft(site: _Site, stage: schema.Sft) -> None:
             config=stage.policy,
             model=_absolute(model),
             revision=stage.policy.revision,
-            head="none",
-            seed=seed,
+            head="none" if stage.method == "sft" else "score",
+            seed=site.config.seed,
             total_steps=total,
             tokenizer=site.tokenizer(stage),
             dropout=stage.dropout,
-            packing=stage.packing,
+            packing=stage.packing if stage.method == "sft" else False,
             timeout_s=site.config.placement.call_timeout_s,
         )
         policy.ready.result()
-        run.start_or_resume(_LearnerParts({"policy": policy}))
-        train_sft(stage, policy, texts, held_out, run)
+        if stage.method == "sft":
+            run.start_or_resume(_LearnerParts({"policy": policy}))
+            train_sft(stage, policy, train, held_out, run)
+        else:
+            notes = partial(score_statistics, policy, train)
+            run.start_or_resume(_LearnerParts({"policy": policy}, notes=notes))
+            train_reward_model(stage, policy, train, held_out, run)
         run.finish()
 
 

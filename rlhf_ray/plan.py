@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_ray.config import schema
+from rlhf_ray.data.preferences import check_preferences
 from rlhf_ray.data.prompts import check_prompts
 from rlhf_ray.data.texts import check_texts
 
@@ -16,7 +17,14 @@ def check_data(config: schema.Pipeline) -> dict[str, dict[str, int]]:
     Raises:
         DataError: names file and row of the first mistake.
     """
-    return {
-        stage.name: check_texts(stage.data) if stage.method == "sft" else check_prompts(stage.data)
-        for stage in config.stages
-    }
+    return {stage.name: _check(stage) for stage in config.stages}
+
+
+def _check(stage: schema.Stage) -> dict[str, int]:
+    match stage:
+        case schema.Sft():
+            return check_texts(stage.data)
+        case schema.RewardModel():
+            return check_preferences(stage.data)
+        case schema.Ppo():
+            return check_prompts(stage.data)

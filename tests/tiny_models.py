@@ -71,8 +71,13 @@ def make_gpt2(directory: str | Path, *, seed: int = 0, vocab_size: int = 300, la
     return str(directory)
 
 
-def make_classifier(directory: str | Path, *, seed: int = 0, vocab_size: int = 200, max_length: int = 64) -> str:
-    """A DistilBERT text classifier, NEGATIVE 0 and POSITIVE 1, with a lower-case WordPiece tokenizer of its own."""
+def make_classifier(
+    directory: str | Path, *, seed: int = 0, vocab_size: int = 200, max_length: int = 64, labels: int = 2
+) -> str:
+    """A DistilBERT text classifier with a lower-case WordPiece tokenizer of its own.
+
+    Its labels are NEGATIVE 0 and POSITIVE 1, or the first of them.
+    """
     directory = Path(directory)
     if not (directory / "config.json").exists():
         tokenizer = _word_piece_tokenizer(vocab_size, max_length)
@@ -85,8 +90,7 @@ def make_classifier(directory: str | Path, *, seed: int = 0, vocab_size: int = 2
             max_position_embeddings=max_length,
             initializer_range=0.3,
             pad_token_id=tokenizer.pad_token_id,
-            num_labels=2,
-            id2label={0: "NEGATIVE", 1: "POSITIVE"},
+            id2label=dict(enumerate(["NEGATIVE", "POSITIVE"][:labels])),
             label2id={"NEGATIVE": 0, "POSITIVE": 1},
         )
         torch.manual_seed(seed)

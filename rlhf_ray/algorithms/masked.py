@@ -9,7 +9,7 @@ import torch
 
 from rlhf_ray.shapes import Scalar, SequenceFloat, TokenFloat, TokenMask
 
-Unit: TypeAlias = Literal["token", "sequence"]
+Unit: TypeAlias = Literal["token", "sequence", "pair"]
 Aggregation: TypeAlias = Literal["token_mean", "sequence_mean"]
 
 
@@ -66,7 +66,10 @@ def unit_of(aggregation: Aggregation) -> Unit:
 
 
 def unit_count(mask: TokenMask, unit: Unit) -> int:
-    """The number of units in a batch: tokens of the mask, or rows that have one."""
+    """The number of units in a batch: tokens of the mask, rows that have one, or pairs, of two rows each."""
+    if unit == "pair":
+        assert len(mask) % 2 == 0, f"pairs have two rows each, got {len(mask)} rows"
+        return len(mask) // 2
     return int((mask if unit == "token" else mask.any(1)).sum())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf_ray.config.schema import Pipeline, Ppo, Section, Sft, Source
+from rlhf_ray.config.schema import Pipeline, Ppo, RewardModel, Section, Sft, Source
 
-METHODS: dict[str, type[Section]] = {"sft": Sft, "ppo": Ppo}
+METHODS: dict[str, type[Section]] = {"sft": Sft, "reward_model": RewardModel, "ppo": Ppo}
 STAGE_KEYS = frozenset(key for section in METHODS.values() for key in section.model_fields)
 PIPELINE_KEYS = tuple(key for key in Pipeline.model_fields if key != "stages")
 
@@ -200,4 +201,5 @@ def _default(field: FieldInfo) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return str(list(value))
-    return str(value)
+    text = str(value)
+    return text if text.isprintable() else json.dumps(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_ray.config.paths import DATA_ENDINGS, is_local
 from rlhf_ray.config.problems import KeyPath, Problem
-from rlhf_ray.config.schema import Critic, FunctionReward, Generator, Learner, NewModel, Pipeline, Ppo, Sft, Source
+from rlhf_ray.config.schema import Critic, FunctionReward, Generator, Learner, NewModel, Pipeline, Ppo, Source, Stage
 
 _Silent = tuple[Sequence[str], str, Sequence[str]]
 
@@ -28,7 +28,7 @@ def _split(key: str) -> KeyPath:
     return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
-def _silent(stage: Sft | Ppo) -> Iterator[_Silent]:
+def _silent(stage: Stage) -> Iterator[_Silent]:
     """Keys without effect, why, and the keys that make it so."""
     if stage.data.evaluation is None:
         yield ["evaluation"], "without data.evaluation", ["data.evaluation"]
@@ -136,7 +136,7 @@ def _silent_generator(generator: Generator) -> Iterator[_Silent]:
         yield ["generator.memory_share"], "with generator.gpus 0", ["generator.gpus"]
 
 
-def learners(stage: Sft | Ppo) -> list[tuple[KeyPath, Learner]]:
+def learners(stage: Stage) -> list[tuple[KeyPath, Learner]]:
     """The sections of a stage that are trained."""
     found: list[tuple[KeyPath, Learner]] = [(("policy",), stage.policy)]
     if isinstance(stage, Ppo) and stage.critic is not None:

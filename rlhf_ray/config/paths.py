@@ -17,7 +17,7 @@ from rlhf_ray.config.problems import KeyPath, Problem, suggestion
 from rlhf_ray.config.schema import FunctionReward, Source
 
 DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
-SYNTHETIC = ("synthetic:reviews",)
+SYNTHETIC = ("synthetic:reviews", "synthetic:preferences")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 

@@ -23,11 +23,21 @@ from rlhf_ray.config.schema import (
     Pipeline,
     Policy,
     Ppo,
+    RewardModel,
     Sampling,
     Section,
     Sft,
+    Stage,
 )
 
+PREFERENCE_METRICS = (
+    "accuracy",
+    "loss",
+    "margin",
+    "accuracy_chosen_longer",
+    "accuracy_chosen_shorter",
+    "calibration_error",
+)
 GROUP_ESTIMATORS = ("group_relative", "leave_one_out", "reinforce_baseline")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -41,12 +51,12 @@ def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
     for index, stage in enumerate(pipeline.stages):
         path = ("stages", index)
         problems += _stage(pipeline, index)
-        if isinstance(stage, Sft):
-            problems += _sft(stage, path)
+        if isinstance(stage, Sft | RewardModel):
+            problems += _steps(stage, path)
         else:
             problems += _ppo(stage, path)
             problems += _rewards(stage, path, pipeline_dir)
-            problems += _context(pipeline, index, stage)
+        problems += _context(pipeline, index)
     for silent in without_effect(pipeline):
         if is_set(pipeline, silent.path):
             problems.append(silent)
@@ -164,7 +174,9 @@ def reward_names(stage: Ppo) -> list[str]:
     return [reward.name or reward.kind for reward in stage.reward]
 
 
-def _evaluation_metrics(stage: Sft | Ppo) -> list[str]:
+def _evaluation_metrics(stage: Stage) -> list[str]:
+    if isinstance(stage, RewardModel):
+        return [f"evaluation/{name}" for name in PREFERENCE_METRICS]
     if isinstance(stage, Sft):
         return ["evaluation/loss", "evaluation/perplexity"]
     names = ["reward_mean", "reward_std", "length_mean", "finished_share", "distinct_bigram_share"]
@@ -181,7 +193,7 @@ def _learner(learner: Learner, path: KeyPath) -> Iterator[Problem]:
         )
 
 
-def _models(stage: Sft | Ppo) -> list[tuple[KeyPath, Section]]:
+def _models(stage: Stage) -> list[tuple[KeyPath, Section]]:
     """The sections of a stage that name a model."""
     found: list[tuple[KeyPath, Section]] = [(("policy",), stage.policy)]
     if isinstance(stage, Ppo):
@@ -220,7 +232,7 @@ def _model(pipeline: Pipeline, index: int, path: KeyPath, section: Section) -> I
 
 def _new_model(pipeline: Pipeline, index: int, path: KeyPath, section: Section) -> Iterator[Problem]:
     stage = pipeline.stages[index]
-    if isinstance(stage, Ppo):
+    if not isinstance(stage, Sft):
         advice = (
             "put an sft stage with it first and name that here (`stage:NAME`)"
             if isinstance(section, Policy)
@@ -255,15 +267,24 @@ def _stage_reference(pipeline: Pipeline, index: int, where: KeyPath, section: Se
         else:
             text = f"wanted an earlier stage: {', '.join(names[:index])}{suggestion(name, names[:index])}"
         yield Problem(where, f"got 'stage:{name}', {text}", because=others)
-    elif isinstance(section, ModelReward):
-        yield Problem(
-            where,
-            f"got 'stage:{name}', which makes a language model; wanted a sequence-classification model with one logit",
-            because=others,
-        )
+    else:
+        made_by = pipeline.stages[names.index(name)]
+        scores = isinstance(made_by, RewardModel)
+        may_score = isinstance(section, ModelReward) or isinstance(pipeline.stages[index], RewardModel)
+        if isinstance(section, ModelReward) and not scores:
+            yield Problem(
+                where,
+                f"got 'stage:{name}', which makes a language model; wanted a reward_model stage or a "
+                "sequence-classification model with one logit",
+                because=others,
+            )
+        elif scores and not may_score:
+            yield Problem(
+                where, f"got 'stage:{name}', which makes a reward model; wanted a language model", because=others
+            )
 
 
-def _model_warnings(stage: Sft | Ppo) -> Iterator[str]:
+def _model_warnings(stage: Stage) -> Iterator[str]:
     for key, section in _models(stage):
         model = getattr(section, "model", None)
         if not isinstance(model, str) or model.count("/") != 1 or is_local(model) or Path(model).exists():
@@ -276,7 +297,7 @@ def _model_warnings(stage: Sft | Ppo) -> Iterator[str]:
             )
 
 
-def _sft(stage: Sft, path: KeyPath) -> Iterator[Problem]:
+def _steps(stage: Sft | RewardModel, path: KeyPath) -> Iterator[Problem]:
     if stage.epochs is not None and stage.steps is not None:
         yield Problem(
             (*path, "steps"),
@@ -286,7 +307,7 @@ def _sft(stage: Sft, path: KeyPath) -> Iterator[Problem]:
     if stage.batch_size < stage.policy.workers:
         yield Problem(
             (*path, "batch_size"),
-            f"got {stage.batch_size}, wanted at least one sequence for each of {stage.policy.workers} policy workers",
+            f"got {stage.batch_size}, wanted at least one for each of {stage.policy.workers} policy workers",
             because=((*path, "policy", "workers"),),
         )
 
@@ -448,9 +469,10 @@ def _generator(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
         )
 
 
-def _context(pipeline: Pipeline, index: int, stage: Ppo) -> Iterator[Problem]:
+def _context(pipeline: Pipeline, index: int) -> Iterator[Problem]:
     """Prompt and response must fit into a fresh model of an earlier stage."""
-    model, path = stage.policy.model, ("stages", index)
+    stage, path = pipeline.stages[index], ("stages", index)
+    model = stage.policy.model
     maker: int = index
     seen: list[KeyPath] = [(*path, "policy", "model")]
     while isinstance(model, str) and model.startswith("stage:"):
@@ -461,6 +483,14 @@ def _context(pipeline: Pipeline, index: int, stage: Ppo) -> Iterator[Problem]:
         seen.append(("stages", maker, "policy", "model"))
         model = pipeline.stages[maker].policy.model
     if not isinstance(model, NewModel) or maker == index:
+        return
+    if not isinstance(stage, Ppo):
+        if stage.data.max_length > model.max_length:
+            yield Problem(
+                (*path, "data", "max_length"),
+                f"got {stage.data.max_length}, but the model holds {model.max_length} (max_length in its stage)",
+                because=(*seen, (*seen[-1], "max_length")),
+            )
         return
     lengths = stage.data.prompt_length
     prompt = lengths.max if lengths is not None else stage.data.max_prompt_tokens

@@ -186,7 +186,9 @@ class ModelReward(_Reward):
     kind: Literal["model"]
     """A reward model."""
     model: str
-    """Hugging Face directory, hub name, or `stage:NAME`."""
+    """Hugging Face directory, hub name, or `stage:NAME` for the result of a reward_model stage."""
+    normalise: StrictBool = False
+    """Shift and scale scores to mean 0 and spread 1 on the data that a reward_model stage trained it on."""
     revision: str | None = None
     """Revision of a hub model."""
     dtype: DType = "float32"
@@ -242,7 +244,8 @@ class Source(Section):
     """One data set."""
 
     path: str
-    """JSONL, JSONL.gz, Parquet or CSV file, a `datasets` directory, a hub name, or `synthetic:reviews`."""
+    """JSONL, JSONL.gz, Parquet or CSV file, a `datasets` directory, a hub name, `synthetic:reviews` or
+    `synthetic:preferences`."""
     split: str = "train"
     """Split of a hub name, a `datasets` directory or a synthetic corpus."""
     subset: str | None = None
@@ -334,6 +337,44 @@ class TextData(Section):
     """Shuffle rows by the seed, anew in every epoch."""
 
 
+class PreferenceColumns(Section):
+    """Names of the columns; without a prompt column chosen and rejected hold whole dialogues."""
+
+    prompt: str = "prompt"
+    """Prompt: a string, or chat messages (a list of {role, content})."""
+    chosen: str = "chosen"
+    """Preferred answer: a string, or chat messages with or without the prompt's in front."""
+    rejected: str = "rejected"
+    """The other answer, in the same form."""
+    margin: str | None = None
+    """By how much the chosen answer is better, a number."""
+
+
+class PreferenceData(Section):
+    """Pairs of answers to the same prompt, one preferred to the other."""
+
+    train: Sources
+    """One source or a list of them; a string is a path."""
+    evaluation: Sources | None = None
+    """Held-out pairs."""
+    columns: PreferenceColumns = PreferenceColumns()
+    """Names of the columns."""
+    answer_marker: Annotated[str, Field(min_length=1)] = "\n\nAssistant:"
+    """Where there is no prompt column: the last of these in a dialogue stands before the answer."""
+    chat_template: StrictBool | None = None
+    """Put strings into the tokenizer's chat template as a user's and an assistant's message; unset: only rows that are
+    messages."""
+    max_length: Count = 512
+    """Longest prompt and answer together, in tokens."""
+    too_long: Literal["error", "drop", "cut_left", "cut_right"] = "cut_left"
+    """What becomes of longer pairs; cut_left cuts the prompt, alike for both answers, cut_right the answers; drops and
+    cuts are counted and reported."""
+    unusable: Literal["error", "drop"] = "error"
+    """What becomes of pairs whose answers are equal or whose prompts differ; drops are counted and reported."""
+    shuffle: StrictBool = True
+    """Shuffle pairs by the seed, anew in every epoch."""
+
+
 class Sampling(Section):
     """How responses are sampled."""
 
@@ -369,7 +410,7 @@ class Checkpoints(Section):
     """Newest checkpoints that are kept."""
     best: str | None = None
     """Metric of the evaluation whose best model is kept in `best/`, such as `evaluation/reward_mean`; a name with
-    `loss` or `perplexity` is minimised."""
+    `loss`, `perplexity` or `error` is minimised."""
 
 
 class PromptEvaluation(Section):
@@ -390,6 +431,13 @@ class TextEvaluation(Section):
 
     every: CountOrZero = 50
     """Optimizer steps between evaluations; 0: only at the end."""
+
+
+class PreferenceEvaluation(Section):
+    """Accuracy, loss and calibration on held-out pairs; always before the first and after the last step."""
+
+    every: CountOrZero = 50
+    """Optimizer steps between evaluations; 0: only first and last."""
 
 
 class Advantages(Section):
@@ -498,6 +546,32 @@ class Sft(Section):
     """Checkpoints."""
 
 
+class RewardModel(Section):
+    """A reward model, trained on preferences by the Bradley-Terry loss."""
+
+    name: str = "reward_model"
+    """Name of the stage and of its folder."""
+    method: Literal["reward_model"]
+    """A reward model."""
+    policy: Policy
+    """The network that is trained: a causal language model, which gets a new head, or a reward model. It becomes a
+    sequence-classification model with one logit, which reads a score at a text's last token."""
+    data: PreferenceData
+    """Preferences."""
+    epochs: Positive | None = None
+    """Passes over the data; 1 where neither epochs nor steps is given."""
+    steps: Count | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: Count = 32
+    """Pairs per optimizer step, over all workers."""
+    dropout: StrictBool = False
+    """Keep the model's dropout switched on while training."""
+    evaluation: PreferenceEvaluation = PreferenceEvaluation()
+    """Evaluation."""
+    checkpoints: Checkpoints = Checkpoints()
+    """Checkpoints."""
+
+
 class Ppo(Section):
     """Proximal policy optimization, and its relatives without a critic."""
 
@@ -585,7 +659,7 @@ class Ppo(Section):
         return self.critic or Critic()
 
 
-Stage = Annotated[Sft | Ppo, Field(discriminator="method")]
+Stage = Annotated[Sft | RewardModel | Ppo, Field(discriminator="method")]
 
 
 # ------------------------------------------------------------------------------------- pipeline

@@ -370,13 +370,16 @@ def _hub_problem(source: Source) -> str | None:
 
 def _synthetic(source: Source) -> Table:
     corpus = source.path.removeprefix("synthetic:")
-    if corpus != "reviews":
-        raise DataError(f"{source.path}: there is no synthetic corpus {corpus!r}; wanted `synthetic:reviews`.")
+    if corpus not in ("reviews", "preferences"):
+        raise DataError(
+            f"{source.path}: there is no synthetic corpus {corpus!r}; wanted `synthetic:reviews` or "
+            "`synthetic:preferences`."
+        )
     if source.split not in synthetic.SPLITS:
         raise DataError(_no_split(source, list(synthetic.SPLITS)))
-    rows: list[dict[str, Any]] = [
-        {**row} for row in synthetic.reviews(source.split, source.rows or synthetic.SPLITS[source.split])
-    ]
+    count = source.rows or synthetic.SPLITS[source.split]
+    write = synthetic.reviews if corpus == "reviews" else synthetic.preferences
+    rows: list[dict[str, Any]] = [{**row} for row in write(source.split, count)]
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, row in enumerate(rows, 1):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf_ray.shapes import SequenceInt, SequenceMask, TokenFloat, TokenIds, TokenMask
+from rlhf_ray.shapes import SequenceFloat, SequenceInt, SequenceMask, TokenFloat, TokenIds, TokenMask
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,23 @@ class Experience(Batch):
     advantages: TokenFloat
     returns: TokenFloat
     correction: TokenFloat
+
+
+@dataclass(frozen=True)
+class PreferencePairs(Batch):
+    """Pairs of answers to the same prompt, one preferred to the other.
+
+    Args:
+        chosen: [B, T] prompts and preferred answers; response_mask marks the answers' tokens.
+        rejected: [B, T'] the same prompts and the other answers.
+        ids: B numbers of the pairs in the data set; the same pair has the same id in every epoch.
+        margins: [B] by how much the chosen answer is better; 0 where the data do not say.
+    """
+
+    chosen: Sequences
+    rejected: Sequences
+    ids: list[int]
+    margins: SequenceFloat
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> TokenIds:

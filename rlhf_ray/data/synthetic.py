@@ -2,7 +2,7 @@
 
 A row is {prompt, response, text, label}. The prompt is a neutral opening ("The quiet comedy by Marta Weiss about a
 sailor was"); the response goes on positively or negatively, one half each, and often with one word of the other side.
-Prompts of "train" and "test" are disjoint.
+Prompts of "train" and "test" are disjoint. A preference pair is a prompt with a positive and a negative response.
 """
 
 from __future__ import annotations
@@ -25,6 +25,15 @@ class Review(TypedDict):
     response: str
     text: str
     label: int
+
+
+class Preference(TypedDict):
+    """One pair: a positive response, a negative one, and by how much the judge prefers the text with the first."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: float
 
 
 ARTICLES = ("The", "This")
@@ -113,6 +122,18 @@ def reviews(split: str, rows: int, seed: int = 0) -> list[Review]:
     ]
 
 
+def preferences(split: str, rows: int, seed: int = 0) -> list[Preference]:
+    """The first pairs of a split, the positive response preferred; row i depends on seed, split and i only.
+
+    Prompts are those of `reviews`, in the same order; the responses are others.
+    """
+    openings = _openings()[split]
+    return [
+        _preference(openings[row % len(openings)], Random(derive_seed("preferences", seed, split, row)))
+        for row in range(rows)
+    ]
+
+
 def judge(text: str) -> float:
     """Sentiment in [-1, 1]: (positive - negative) / (positive + negative) words, 0 where there are none.
 
@@ -164,6 +185,17 @@ def _openings() -> dict[str, tuple[str, ...]]:
 
 def _review(prompt: str, random: Random) -> Review:
     label = random.randrange(2)
+    response = _response(label, random)
+    return {"prompt": prompt, "response": response, "text": prompt + response, "label": label}
+
+
+def _preference(prompt: str, random: Random) -> Preference:
+    chosen, rejected = _response(1, random), _response(0, random)
+    margin = judge(prompt + chosen) - judge(prompt + rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
+
+
+def _response(label: int, random: Random) -> str:
     words = random.sample(QUALITIES[label], 2)
     response = f" {words[0]} and {words[1]}."
     # One word of the other side, in two of five reviews: never enough to turn the judgement.
@@ -171,8 +203,7 @@ def _review(prompt: str, random: Random) -> Review:
         response = f" {words[0]} but {random.choice(QUALITIES[1 - label])}. {_opinion(label, random)}"
     for _ in range(random.choice((1, 2, 2, 3))):
         response += f" {_opinion(label, random) if random.random() < 0.75 else random.choice(NEUTRAL)}"
-    response += f" {_verdict(label, random)}"
-    return {"prompt": prompt, "response": response, "text": prompt + response, "label": label}
+    return f"{response} {_verdict(label, random)}"
 
 
 def _opinion(label: int, random: Random) -> str:

@@ -1,6 +1,6 @@
-"""The networks that are trained: a language model, a critic, or both on one trunk.
+"""The networks that are trained: a language model, a critic, both on one trunk, or a reward model.
 
-All three are called alike: (tokens [R, N], position_ids [R, N], keep [K]) -> (logits [R, K, V] at the kept
+All of them are called alike: (tokens [R, N], position_ids [R, N], keep [K]) -> (logits [R, K, V] at the kept
 positions, values [R, N] after each token), with None for what the network does not have.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Head: TypeAlias = Literal["none", "value", "both"]
+Head: TypeAlias = Literal["none", "value", "both", "score"]
 NetworkOutput: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
@@ -79,18 +79,37 @@ class PolicyWithValueHead(nn.Module):
         return output.logits, self.value_head(output.hidden_states[-1])
 
 
-Network: TypeAlias = LanguageModel | ValueModel | PolicyWithValueHead
+class RewardModel(nn.Module):
+    """A sequence-classification model with one logit, which is read after every token."""
+
+    def __init__(self, classifier: PreTrainedModel) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, keep: Tensor) -> NetworkOutput:
+        """Values only: the score that a row would have if it ended with this token."""
+        output = self.classifier.base_model(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        scores: Tensor = self.classifier.score(output.last_hidden_state).squeeze(-1)
+        return None, scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def build_network(language_model: PreTrainedModel, head: Head) -> Network:
-    """The network of a learner: logits (`none`), values (`value`), or both."""
+Network: TypeAlias = LanguageModel | ValueModel | PolicyWithValueHead | RewardModel
+
+
+def build_network(model: PreTrainedModel, head: Head) -> Network:
+    """The network of a learner around a language model: logits (`none`), values (`value`), or both.
+
+    With `score` the model is one of `load_reward_model`.
+    """
     match head:
         case "none":
-            return LanguageModel(language_model)
+            return LanguageModel(model)
         case "value":
-            return ValueModel(language_model)
+            return ValueModel(model)
         case "both":
-            return PolicyWithValueHead(language_model)
+            return PolicyWithValueHead(model)
+        case "score":
+            return RewardModel(model)
 
 
 def hidden_size(language_model: PreTrainedModel) -> int:

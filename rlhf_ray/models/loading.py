@@ -6,7 +6,7 @@ Whatever goes wrong becomes a ConfigError in plain words. Code that a model brin
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -101,6 +101,36 @@ def load_classifier(
     if num_labels is not None and config.num_labels != num_labels:
         raise ConfigError(f"{name}: wanted a classifier with {num_labels} output(s), got {config.num_labels}")
     return _load(AutoModelForSequenceClassification, name, revision, dtype, "sequence-classification model")
+
+
+def load_reward_model(
+    name: str, revision: str | None, dtype: DTypeName, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """A sequence-classification model with one logit, to be trained; from a causal language model its head is zero.
+
+    Its configuration says what transformers needs to find the last token of a row: the id of the padding, or None where
+    the tokenizer pads with the end-of-sequence token, which would be taken for padding.
+
+    Raises:
+        ConfigError: as `load_config`; or the model has several outputs, or its scores are not read at the last token.
+    """
+    config = load_config(name, revision)
+    if any("ForSequenceClassification" in architecture for architecture in config.architectures or ()):
+        model = load_classifier(name, revision, dtype, num_labels=1)
+    else:
+        config.num_labels = 1
+        model = _load(
+            AutoModelForSequenceClassification, name, revision, dtype, "language model", config, fresh=("score.weight",)
+        )
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ConfigError(
+            f"{name}: got {type(model).__name__}, wanted a model that reads from left to right and scores the last "
+            "token, such as Llama, Qwen or GPT-2"
+        )
+    padding = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = None if padding == tokenizer.eos_token_id else padding
+    model.config.architectures = [type(model).__name__]
+    return model
 
 
 def eos_token_ids(
@@ -217,9 +247,19 @@ def quiet_transformers() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def _load(auto: Any, name: str, revision: str | None, dtype: DTypeName, kind: str) -> PreTrainedModel:
+def _load(
+    auto: Any,
+    name: str,
+    revision: str | None,
+    dtype: DTypeName,
+    kind: str,
+    config: PretrainedConfig | None = None,
+    *,
+    fresh: Sequence[str] = (),
+) -> PreTrainedModel:
+    """A model whose weights all come from the files, but for those in `fresh`, which are zero where they do not."""
     quiet_transformers()
-    config = load_config(name, revision)
+    config = config or load_config(name, revision)
     with _plain_words(name, revision, "model"):
         try:
             model, report = auto.from_pretrained(
@@ -233,7 +273,10 @@ def _load(auto: Any, name: str, revision: str | None, dtype: DTypeName, kind: st
             )
         except ValueError as error:
             raise ConfigError(f"{name}: wanted a {kind}, got something else: {_first_line(error)}") from error
-    absent = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    missing = set(report["missing_keys"])
+    for weight in missing.intersection(fresh):
+        torch.nn.init.zeros_(model.get_parameter(weight))
+    absent = sorted(missing.difference(fresh) | {entry[0] for entry in report["mismatched_keys"]})
     if absent:
         architecture = ", ".join(model.config.architectures or ["unknown"])
         raise ConfigError(

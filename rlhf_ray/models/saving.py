@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -37,8 +37,8 @@ class ModelWriter:
         self._shards.append(list(kept))
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
-    def finish(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Names the shards, and writes index, configuration, generation configuration and tokenizer."""
+    def finish(self, tokenizer: PreTrainedTokenizerBase, *, notes: Mapping[str, float]) -> None:
+        """Names the shards, and writes index, configuration with `notes`, generation configuration and tokenizer."""
         count = len(self._shards)
         files = (
             ["model.safetensors"]
@@ -53,8 +53,9 @@ class ModelWriter:
                 "weight_map": {name: file for file, names in zip(files, self._shards, strict=True) for name in names},
             }
             (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        self.model.config.update(dict(notes))
         self.model.config.save_pretrained(self.directory)
-        if self.model.generation_config is not None:
+        if self.model.can_generate() and self.model.generation_config is not None:
             # save_pretrained would refuse the inconsistent settings that some hub models carry.
             self.model.generation_config.to_json_file(self.directory / "generation_config.json")
         tokenizer.save_pretrained(self.directory)

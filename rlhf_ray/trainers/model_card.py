@@ -12,7 +12,7 @@ import yaml
 
 from rlhf_ray.trainers.durable import write_text
 
-_METHODS = {"sft": "supervised fine-tuning", "ppo": "PPO"}
+_METHODS = {"sft": "supervised fine-tuning", "reward_model": "the Bradley-Terry loss on preferences", "ppo": "PPO"}
 _SECRET_NAME = re.compile(r"(^|_)(key|secret|password|passwd|token|credentials?|auth)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{12,})|(?<=://)[^/@\s]*:[^/@\s]*(?=@)"
@@ -43,7 +43,7 @@ def write_model_card(
     """
     front: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if method == "reward_model" else "text-generation",
         "tags": ["rlhf_ray", "rlhf", method],
     }
     if base_model and _HUB_NAME.fullmatch(base_model) and not Path(base_model).exists():

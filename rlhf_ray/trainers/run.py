@@ -68,6 +68,7 @@ CONFIG = "config.yaml"
 DONE = "done.json"
 BEST = "best.json"
 SHOWN_SAMPLES = 3
+_MINIMISED = ("loss", "perplexity", "error")
 _QUESTIONS = ("memory", "counts")  # what workers are asked for metrics, which is no phase of an iteration
 
 
@@ -258,7 +259,7 @@ class StageRun:
     Args:
         folder: the run's folder.
         stage: the stage's settings.
-        total: iterations (optimizer steps for supervised fine-tuning) of the whole stage.
+        total: iterations (optimizer steps for all methods but PPO) of the whole stage.
         seed: the run's seed.
         tracking: where metrics go besides metrics.jsonl and TensorBoard.
         recorder: what the worker groups write their calls to.
@@ -285,7 +286,7 @@ class StageRun:
         self._recorder = recorder
         self._settings = result_settings(stage, seed=seed)
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=stage.checkpoints.keep)
-        self._unit: Unit = "step" if stage.method == "sft" else "iteration"
+        self._unit: Unit = "iteration" if stage.method == "ppo" else "step"
         self._view = view or open_view(stage.name, total, recorder, unit=self._unit)
         self._stop = _StopRequest(self._on_stop)
         self._log: MetricLog | None = None
@@ -616,10 +617,10 @@ class StageRun:
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:
-    """Whether a value beats the best so far; metrics with `loss` or `perplexity` in their name are minimised."""
+    """Whether a value beats the best so far; `loss`, `perplexity` and `error` are minimised."""
     if best is None:
         return True
-    return value < best if "loss" in metric or "perplexity" in metric else value > best
+    return value < best if any(word in metric for word in _MINIMISED) else value > best
 
 
 # Calls that pass over an iteration's tokens; the policy's rate is that of learning, not of its log-probabilities.

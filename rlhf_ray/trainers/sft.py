@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from rlhf_ray.config import schema
+from rlhf_ray.data.preferences import PreferenceSet
 from rlhf_ray.data.texts import TextSet
 from rlhf_ray.distributed.groups import WorkerGroup
 from rlhf_ray.trainers.run import StageRun
@@ -12,12 +13,12 @@ from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.objectives import LanguageObjective
 
 
-def total_steps(config: schema.Sft, texts: TextSet) -> int:
+def total_steps(config: schema.Sft | schema.RewardModel, data: TextSet | PreferenceSet) -> int:
     """Optimizer steps of the whole stage."""
     if config.steps is not None:
         return config.steps
     # 1.1 times 100 is a little more than 110 in floating point, and 110 steps are meant.
-    return max(1, math.ceil((config.epochs or 1) * texts.steps_per_epoch(config.batch_size) - 1e-6))
+    return max(1, math.ceil((config.epochs or 1) * data.steps_per_epoch(config.batch_size) - 1e-6))
 
 
 def train_sft(

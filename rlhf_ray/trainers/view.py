@@ -37,6 +37,7 @@ _FIELDS = (
     ("reward", "reward/mean", "{:z.3f}"),
     ("held-out reward", "evaluation/reward_mean", "{:z.3f}"),
     ("loss", "policy/loss", "{:z.4f}"),
+    ("held-out accuracy", "evaluation/accuracy", "{:.3f}"),
     ("held-out loss", "evaluation/loss", "{:.4f}"),
     ("held-out perplexity", "evaluation/perplexity", "{:.2f}"),
     ("KL", "kl/per_sequence", "{:z.2f} nats"),

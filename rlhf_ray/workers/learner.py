@@ -1,4 +1,4 @@
-"""A data-parallel replica of a network in training: policy, critic, or both on one trunk.
+"""A data-parallel replica of a network in training: policy, critic, both on one trunk, or reward model.
 
 It knows no algorithm: what it minimises is an argument of `update`. However a mini-batch is cut into
 workers and micro-batches, the gradient is that of one pass over all of it.
@@ -7,7 +7,7 @@ workers and micro-batches, the gradient is that of one pass over all of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.language_losses import negative_log_likelihood
 from rlhf_ray.algorithms.masked import unit_count
@@ -36,10 +37,17 @@ from rlhf_ray.distributed.transports import (
 )
 from rlhf_ray.engines.deepspeed_training import TrainingEngine, join_process_group
 from rlhf_ray.models.forward import Entropy, Layout, Outputs, forward, supports_packing
-from rlhf_ray.models.heads import Head, LanguageModel, PolicyWithValueHead, build_network, switch_off_dropout
-from rlhf_ray.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from rlhf_ray.models.heads import (
+    Head,
+    LanguageModel,
+    PolicyWithValueHead,
+    RewardModel,
+    build_network,
+    switch_off_dropout,
+)
+from rlhf_ray.models.loading import check_vocabulary, load_causal_lm, load_reward_model, load_tokenizer
 from rlhf_ray.models.saving import ModelWriter
-from rlhf_ray.shapes import SequenceFloat, TokenFloat
+from rlhf_ray.shapes import SequenceFloat, SequenceInt, TokenFloat
 from rlhf_ray.workers.objectives import Objective
 
 B = TypeVar("B", bound=Batch)
@@ -70,7 +78,8 @@ class Learner:
         config: the network's section of the pipeline file; its `model` is not read.
         model: directory or hub name of the initial model.
         revision: revision of a hub model.
-        head: `none` for logits, `value` for a critic, `both` for a value head on the policy's trunk.
+        head: `none` for logits, `value` for a critic, `both` for a value head on the policy's trunk, `score` for a
+            reward model.
         seed: the run's seed.
         total_steps: optimizer steps of the whole stage, for the learning rate's schedule.
         temperature: sampling temperature that log-probabilities speak of.
@@ -102,20 +111,20 @@ class Learner:
         self.seed = seed
         self.temperature = temperature
         self._sender: Sender | None = None
-        language_model = load_causal_lm(model, revision, config.dtype)
-        if tokenizer is None:
-            self.tokenizer = load_tokenizer(model, revision)
+        self.tokenizer = load_tokenizer(model, revision) if tokenizer is None else load_tokenizer(tokenizer)
+        if head == "score":
+            loaded = load_reward_model(model, revision, config.dtype, self.tokenizer)
         else:
-            self.tokenizer = load_tokenizer(tokenizer)
-        check_vocabulary(model, language_model.config, self.tokenizer)
+            loaded = load_causal_lm(model, revision, config.dtype)
+        check_vocabulary(model, loaded.config, self.tokenizer)
         self.device = join_process_group(rank=place.rank, size=place.size, timeout_s=timeout_s)
         # Plain attention looks at a pack as a whole: on a CPU rows of similar length side by side are faster.
         packs = self.device.type == "cuda" if packing is None else packing
-        self.layout: Layout = "packed" if packs and supports_packing(language_model) else "padded"
+        self.layout: Layout = "packed" if packs and supports_packing(loaded) else "padded"
         if config.activation_checkpointing:
-            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         torch.manual_seed(derive_seed(seed, place.role, place.rank))
-        network = build_network(language_model, head)
+        network = build_network(loaded, head)
         if not dropout:
             switch_off_dropout(network)
         self.engine = TrainingEngine(network, settings=config, device=self.device, total_steps=total_steps)
@@ -137,9 +146,13 @@ class Learner:
             final[rows] = outputs.final_values.float().cpu()
         return Values(values, final)
 
+    def scores(self, sequences: Sequences) -> SequenceFloat:
+        """[B] the reward model's score of each row, read at its last token."""
+        return self.values(sequences).final
+
     def evaluate_loss(self, sequences: Sequences) -> float:
         """Mean negative log-likelihood in nats per trained token over all rows, shared out over the workers."""
-        share = sequences.select(self._share(sequences))
+        share = sequences.select(self._share(sequences.lengths()))
         total = 0.0
         for rows, outputs in self._judge(share, 1.0):
             mask = share.response_mask[rows].to(self.device)
@@ -149,7 +162,7 @@ class Learner:
     @torch.no_grad()
     def _judge(self, sequences: Sequences, temperature: float | None) -> Iterator[tuple[list[int], Outputs]]:
         self.engine.train(False)
-        plan = self._micro_batches(sequences)
+        plan = self._micro_batches(sequences.lengths())
         # At ZeRO 3 a forward pass gathers shards from all ranks, so all ranks make the same number of them.
         fillers = self._most(len(plan)) - len(plan) if self.engine.stage == 3 else 0
         for rows in plan:
@@ -194,8 +207,11 @@ class Learner:
     def _step(self, batch: B, objective: Objective[B], *, poison: bool) -> dict[str, float]:
         sequences = objective.sequences(batch)
         units = max(1, unit_count(sequences.response_mask, objective.unit))
-        share = self._share(sequences)
-        plan = [[share[i] for i in rows] for rows in self._micro_batches(sequences.select(share))]
+        # Rows of the batch that bring several sequences stay whole; beside each other these are as long as the longest.
+        together = len(sequences) // len(batch)
+        costs = together * sequences.lengths().view(together, len(batch)).amax(0)
+        share = self._share(costs)
+        plan = [[share[i] for i in rows] for rows in self._micro_batches(costs[share], together)]
         # Gradients are exchanged in every backward pass, so all ranks make the same number of them.
         fillers = [[0]] * (self._most(len(plan)) - len(plan))
         sums: dict[str, float] = {}
@@ -226,15 +242,17 @@ class Learner:
             entropy=entropy,
         )
 
-    def _share(self, sequences: Sequences) -> list[int]:
-        return balance(sequences.lengths().tolist(), self.place.size)[self.place.rank]
+    def _share(self, costs: SequenceInt) -> list[int]:
+        return balance(costs.tolist(), self.place.size)[self.place.rank]
 
-    def _micro_batches(self, sequences: Sequences) -> list[list[int]]:
+    def _micro_batches(self, costs: SequenceInt, together: int = 1) -> list[list[int]]:
+        """Rows of `together` sequences each, cut by their tokens."""
         default = _GPU_TOKENS if self.device.type == "cuda" else _CPU_TOKENS
+        most = self.config.micro_batch_sequences
         return plan_micro_batches(
-            sequences.lengths().tolist(),
+            costs.tolist(),
             max_tokens=self.config.micro_batch_tokens or default,
-            max_sequences=self.config.micro_batch_sequences,
+            max_sequences=None if most is None else max(1, most // together),
             padded=self.layout == "padded",
         )
 
@@ -254,10 +272,15 @@ class Learner:
     # ------------------------------------------------------------------------------- weights
 
     def weights(self, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The language model's weights by their Hugging Face names; every worker must iterate to the end."""
+        """The model's weights by their Hugging Face names; every worker must iterate to the end."""
+        return self.engine.buckets(self._hugging_face_model(), bucket_bytes=bucket_bytes)
+
+    def _hugging_face_model(self) -> PreTrainedModel:
         network = self.engine.module
-        assert isinstance(network, LanguageModel | PolicyWithValueHead), "a critic has no language model to give away"
-        return self.engine.buckets(network.language_model, bucket_bytes=bucket_bytes)
+        if isinstance(network, RewardModel):
+            return network.classifier
+        assert isinstance(network, LanguageModel | PolicyWithValueHead), "a critic has no model to give away"
+        return network.language_model
 
     def endpoint(self) -> Endpoint:
         """Where this worker stands."""
@@ -277,16 +300,19 @@ class Learner:
             self._sender = Sender.renewed(self._sender, spec)
         return send_buckets(self._sender, version, self.weights(bucket_bytes=spec.bucket_bytes), role=self.place.role)
 
-    def save_model(self, path: Path) -> None:
-        """Writes a Hugging Face directory; every worker calls it, the first one writes."""
-        network = self.engine.module
-        assert isinstance(network, LanguageModel | PolicyWithValueHead), "a critic has no language model to save"
-        writer = ModelWriter(Path(path), network.language_model) if self.place.rank == 0 else None
+    def save_model(self, path: Path, notes: Mapping[str, float] | None = None) -> None:
+        """Writes a Hugging Face directory; every worker calls it, the first one writes.
+
+        Args:
+            path: the directory.
+            notes: what its config.json says besides.
+        """
+        writer = ModelWriter(Path(path), self._hugging_face_model()) if self.place.rank == 0 else None
         for bucket in self.weights(bucket_bytes=_SAVE_BUCKET_BYTES):
             if writer:
                 writer.add(bucket)
         if writer:
-            writer.finish(self.tokenizer)
+            writer.finish(self.tokenizer, notes=notes or {})
         self._most(0)
 
     def save(self, directory: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Protocol, TypeVar
 from rlhf_ray.algorithms.language_losses import negative_log_likelihood
 from rlhf_ray.algorithms.masked import Unit
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
-from rlhf_ray.data.batches import Batch, Experience, Sequences
+from rlhf_ray.algorithms.preference_losses import BradleyTerryLoss
+from rlhf_ray.data.batches import Batch, Experience, PreferencePairs, Sequences
 from rlhf_ray.models.forward import Entropy, Outputs
 from rlhf_ray.shapes import Scalar
 
@@ -32,7 +33,7 @@ class Objective(Protocol[B]):
         """Whether entropies are wanted, and with a gradient."""
 
     def sequences(self, batch: B) -> Sequences:
-        """The rows that go through the network."""
+        """The sequences that go through the network: one for each row, or first one of every row, then the next."""
 
     def __call__(self, outputs: Outputs, rows: B) -> Sums:
         """(sum of the loss, sums of the metrics) over the rows; `loss` is added by the learner."""
@@ -159,3 +160,27 @@ class LanguageObjective:
     def __call__(self, outputs: Outputs, rows: Sequences) -> Sums:
         """Sum over the trained tokens."""
         return negative_log_likelihood(outputs.logprobs, rows.response_mask)
+
+
+@dataclass(frozen=True)
+class BradleyTerryObjective:
+    """The loss of a reward model."""
+
+    @property
+    def unit(self) -> Unit:
+        """Pairs."""
+        return BradleyTerryLoss.unit
+
+    @property
+    def entropy(self) -> Entropy:
+        """Not read."""
+        return "off"
+
+    def sequences(self, batch: PreferencePairs) -> Sequences:
+        """All chosen answers, then all rejected ones."""
+        return Sequences.concat([batch.chosen, batch.rejected])
+
+    def __call__(self, outputs: Outputs, rows: PreferencePairs) -> Sums:
+        """Sum over the pairs; an answer's score is read at its last token."""
+        chosen, rejected = outputs.final_values.chunk(2)
+        return BradleyTerryLoss()(chosen, rejected, rows.margins)

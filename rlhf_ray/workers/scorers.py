@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Rollouts, Sequences, pad_rows
@@ -104,16 +104,17 @@ class ModelScorer:
             policy_tokenizer: directory or hub name of the tokenizer that the rollouts are in.
 
         Raises:
-            ConfigError: the model cannot be loaded, or it has not exactly one logit.
+            ConfigError: the model cannot be loaded, has not exactly one logit, or does not say what to normalise by.
         """
         self.place = place
         tokenizer = load_tokenizer(model, config.revision)
         network = load_classifier(model, config.revision, config.dtype, num_labels=1)
         self._reader = _Reader(network, tokenizer, config.micro_batch_tokens)
+        self._mean, self._spread = _score_statistics(model, network.config) if config.normalise else (0.0, 1.0)
         self.reads_text = tokenizer.get_vocab() != load_tokenizer(policy_tokenizer, policy_revision).get_vocab()
 
     def score(self, rollouts: Rollouts) -> SequenceFloat:
-        """[B] the logit of each prompt and response."""
+        """[B] the logit of each prompt and response, normalised where that is asked for."""
         if self.reads_text:
             texts = [prompt + response for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True)]
             rows = self._reader.tokenise(texts, ended=rollouts.finished.tolist())
@@ -121,7 +122,7 @@ class ModelScorer:
             sequences = rollouts.sequences
             lengths = sequences.lengths().tolist()
             rows = self._reader.cut([row[:n] for row, n in zip(sequences.tokens.tolist(), lengths, strict=True)])
-        return _finite(self._reader.logits(rows)[:, 0], rollouts, self.place)
+        return _finite((self._reader.logits(rows)[:, 0] - self._mean) / self._spread, rollouts, self.place)
 
     def memory(self) -> float:
         """Peak memory in GiB: of the GPU where there is one, else of the process."""
@@ -381,6 +382,17 @@ def _finite(scores: Tensor, rollouts: Rollouts, place: Place) -> SequenceFloat:
             f"for {_name_row(rollouts, row)}; try dtype: float32"
         )
     return scores
+
+
+def _score_statistics(model: str, config: PretrainedConfig) -> tuple[float, float]:
+    """Mean and spread of the scores on the training data, as a reward_model stage wrote them."""
+    mean, spread = getattr(config, "score_mean", None), getattr(config, "score_std", None)
+    if mean is None or not spread:
+        raise ConfigError(
+            f"{model}: normalise wants score_mean and a score_std above 0 in config.json, which a reward_model stage "
+            f"writes; got {mean} and {spread}"
+        )
+    return float(mean), float(spread)
 
 
 def _label_index(config: schema.ClassifierReward, network: PreTrainedModel) -> int:

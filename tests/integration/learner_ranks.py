@@ -14,10 +14,17 @@ from safetensors.torch import save_file
 
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, ValueLoss
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Experience, Sequences, make_sequences
+from rlhf_ray.data.batches import Experience, PreferencePairs, Sequences, make_sequences
 from rlhf_ray.distributed.place import Place
+from rlhf_ray.models.heads import Head
 from rlhf_ray.workers.learner import Learner
-from rlhf_ray.workers.objectives import JointObjective, LanguageObjective, PolicyObjective, ValueObjective
+from rlhf_ray.workers.objectives import (
+    BradleyTerryObjective,
+    JointObjective,
+    LanguageObjective,
+    PolicyObjective,
+    ValueObjective,
+)
 
 RUNS: dict[str, dict[str, Any]] = {
     "zero0": {"zero": 0},
@@ -69,13 +76,13 @@ def run(name: str, model: Path, output: Path) -> dict[str, Any]:
     )
     joint = JointObjective(policy, ValueObjective(ValueLoss(0.2, "token_mean")), 0.5)
 
-    def start() -> Learner:
+    def start(head: Head = "both") -> Learner:
         return Learner(
             Place("policy", rank, size),
             config=schema.Learner(**RUNS[name], optimizer=optimizer),
             model=str(model),
             revision=None,
-            head="both",
+            head=head,
             seed=1,
             total_steps=20,
             timeout_s=60,
@@ -105,6 +112,11 @@ def run(name: str, model: Path, output: Path) -> dict[str, Any]:
     os.environ["RLHF_RAY_FAULT"] = f"update:policy:{size - 1}:4:nan"
     skipped = resumed.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=4)
     resumed.close()
+    judge = start("score")
+    chosen, rejected = sequences.select([0, 1, 2, 3]), sequences.select([4, 5, 6, 0])
+    pairs = PreferencePairs(chosen, rejected, ids=[0, 1, 2, 3], margins=torch.tensor([0.0, 0.5, 0.0, 0.0]))
+    judged = [judge.update(pairs, BradleyTerryObjective(), epochs=1, mini_batches=2, iteration=i) for i in (1, 2)]
+    judge.close()
     if rank == 0:
         save_file(trained | {"logprobs": logprobs}, output / f"{name}.safetensors")
     return {
@@ -113,6 +125,7 @@ def run(name: str, model: Path, output: Path) -> dict[str, Any]:
         "evaluated": evaluated,
         "one_row": one_row,
         "skipped": skipped["guard/skipped_steps"],
+        "judged": judged,
     }
 
 

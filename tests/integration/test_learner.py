@@ -75,6 +75,14 @@ def test_two_ranks_learn_what_one_learns(
         )
 
 
+@pytest.mark.parametrize("name", FLOAT32)
+def test_two_ranks_learn_to_judge_pairs_as_one_does(
+    alone: dict[str, Any], pair: list[dict[str, Any]], name: str
+) -> None:
+    for wanted, found in zip(alone["judged"], pair[0][name]["judged"], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", list(RUNS))
 def test_all_ranks_report_the_same(pair: list[dict[str, Any]], name: str) -> None:
     assert pair[0][name] == pair[1][name]

@@ -217,6 +217,7 @@ def test_settings_as_lines(capsys: pytest.CaptureFixture[str]) -> None:
         ("ppo", "kl.target = unset", "train_on_prompt"),
         ("ppo.kl", "kl.target = unset", "sampling"),
         ("sft", "steps", "kl."),
+        ("reward_model", "answer_marker", "train_on_prompt"),
     ],
 )
 def test_settings_of_a_method(method: str, present: str, absent: str, capsys: pytest.CaptureFixture[str]) -> None:

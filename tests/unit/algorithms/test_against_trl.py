@@ -17,9 +17,19 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.advantages import gae, group_relative, leave_one_out
 from rlhf_ray.algorithms.kl import k3
-from rlhf_ray.algorithms.logprobs import token_logprobs_and_entropy
+from rlhf_ray.algorithms.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_ray.algorithms.masked import masked_mean, masked_var, masked_whiten, unit_count
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
+from rlhf_ray.algorithms.preference_losses import (
+    AnswerLogprobs,
+    BradleyTerryLoss,
+    ChosenLoss,
+    DpoLoss,
+    IpoLoss,
+    OrpoLoss,
+    SimpoLoss,
+    answer_logprobs,
+)
 
 pytest.importorskip("trl")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -28,6 +38,10 @@ importlib.import_module("trl.import_utils").is_vllm_available = lambda min_versi
 ppo = importlib.import_module("trl.experimental.ppo.ppo_trainer")
 grpo = importlib.import_module("trl.trainer.grpo_trainer")
 rloo = importlib.import_module("trl.trainer.rloo_trainer")
+dpo = importlib.import_module("trl.trainer.dpo_trainer")
+reward = importlib.import_module("trl.trainer.reward_trainer")
+cpo = importlib.import_module("trl.experimental.cpo.cpo_trainer")
+orpo = importlib.import_module("trl.experimental.orpo.orpo_trainer")
 utils = importlib.import_module("trl.trainer.utils")
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -131,9 +145,12 @@ def test_ppo_losses() -> None:
 
 class FakeAccelerator:
     num_processes = 1
+    device = torch.device("cpu")
 
     def gather(self, x: Tensor) -> Tensor:
         return x
+
+    gather_for_metrics = gather
 
     def reduce(self, x: Tensor, reduction: str) -> Tensor:
         return x
@@ -222,3 +239,124 @@ def test_group_advantages() -> None:
         siblings | {"scorable_counts": torch.tensor(4.0)},
     )
     torch.testing.assert_close(leave_one_out(rewards, group_size=4), names["advantages"], **EXACT)
+
+
+class FakeModel:
+    """Gives the same logits whatever it is asked."""
+
+    training = False
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def __call__(self, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits)
+
+
+@pytest.mark.parametrize("margin", [{}, {"margin": random(30, 5).abs()}], ids=["no margin", "margin"])
+def test_reward_model_loss(margin: dict[str, Tensor]) -> None:
+    scores = random(31, 10)
+    trainer = SimpleNamespace(
+        model=FakeModel(scores),
+        accelerator=FakeAccelerator(),
+        args=SimpleNamespace(center_rewards_coefficient=None),
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    wanted = reward.RewardTrainer.compute_loss(trainer, FakeModel(scores[:, None]), dict(margin))
+    margins = margin.get("margin", torch.zeros(5, dtype=torch.float64))
+    loss, metrics = BradleyTerryLoss()(scores[:5], scores[5:], margins)
+    torch.testing.assert_close(loss / 5, wanted, **EXACT)
+    for name in ("accuracy", "margin"):
+        assert (metrics[name] / 5).item() == pytest.approx(trainer._metrics["eval"][name][0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (["sigmoid"], DpoLoss(beta=0.3, label_smoothing=0.0)),
+        (["ipo"], IpoLoss(beta=0.3)),
+        (["sigmoid", "sft"], DpoLoss(beta=0.3, label_smoothing=0.0)),
+    ],
+)
+def test_dpo_losses(theirs: list[str], ours: DpoLoss | IpoLoss) -> None:
+    """From the policy's logits on, three pairs; our term on the chosen answer is TRL's `sft`."""
+    logits, tokens = 3 * random(32, 6, 8, 11), torch.arange(48).reshape(6, 8) % 11
+    logprobs = token_logprobs(logits, tokens)
+    # TRL's `sft` is a mean over tokens, ours over answers: the same where the chosen answers are of one length.
+    lengths = (4, 4, 4, 2, 6, 1) if "sft" in theirs else (3, 5, 1, 2, 6, 4)
+    mask = torch.stack([torch.arange(8) >= 8 - length for length in lengths])
+    reference = answer_logprobs(logprobs, mask).total + 3 * random(33, 6)
+    trainer = SimpleNamespace(
+        model=FakeModel(logits),
+        accelerator=FakeAccelerator(),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=theirs,
+        loss_weights=[1.0, 0.7][: len(theirs)],
+        beta=0.3,
+        label_smoothing=0.0,
+        use_weighting=False,
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    chosen, rejected = answer_logprobs(logprobs[:3], mask[:3]), answer_logprobs(logprobs[3:], mask[3:])
+    reference_chosen, reference_rejected = reference[:3], reference[3:]
+    wanted = dpo.DPOTrainer._compute_loss(
+        trainer,
+        trainer.model,
+        {
+            "input_ids": tokens,
+            "completion_mask": mask.long(),
+            "ref_chosen_logps": reference_chosen,
+            "ref_rejected_logps": reference_rejected,
+        },
+        False,
+    )
+    loss, metrics = ours(chosen, rejected, reference_chosen=reference_chosen, reference_rejected=reference_rejected)
+    added = ChosenLoss(0.7 if "sft" in theirs else 0.0)(chosen)
+    torch.testing.assert_close((loss + added) / unit_count(mask, ours.unit), wanted, **EXACT)
+    names = {
+        "accuracy": "rewards/accuracies",
+        "margin": "rewards/margins",
+        "chosen_reward": "rewards/chosen",
+        "rejected_reward": "rewards/rejected",
+        "chosen_logprob": "logps/chosen",
+        "rejected_logprob": "logps/rejected",
+    }
+    assert metrics.keys() == names.keys()
+    for name, value in metrics.items():
+        assert (value / 3).item() == pytest.approx(trainer._metrics["eval"][names[name]][0], abs=1e-6)
+
+
+def drawn_answers(seed: int) -> AnswerLogprobs:
+    return AnswerLogprobs(-5 * random(seed, 5).abs() - 0.1, torch.tensor([3, 1, 4, 1, 5]))
+
+
+def test_label_smoothing_and_simpo() -> None:
+    chosen, rejected, nothing = drawn_answers(34), drawn_answers(35), torch.zeros(5, dtype=torch.float64)
+    trainer = SimpleNamespace(alpha=0.0, accelerator=FakeAccelerator(), beta=0.6, label_smoothing=0.1)
+    trainer.loss_type = "sigmoid"
+    wanted, *_ = cpo.CPOTrainer.cpo_loss(trainer, chosen.total, rejected.total)
+    smoothed = DpoLoss(beta=0.6, label_smoothing=0.1)
+    found, _ = smoothed(chosen, rejected, reference_chosen=nothing, reference_rejected=nothing)
+    torch.testing.assert_close(found, wanted.sum(), **EXACT)
+
+    trainer.loss_type, trainer.label_smoothing, trainer.simpo_gamma = "simpo", 0.0, 0.9
+    wanted, chosen_rewards, rejected_rewards = cpo.CPOTrainer.cpo_loss(trainer, chosen.mean, rejected.mean)
+    found, metrics = SimpoLoss(beta=0.6, gamma=0.9)(chosen, rejected)
+    torch.testing.assert_close(found, wanted.sum(), **EXACT)
+    torch.testing.assert_close(metrics["chosen_reward"], chosen_rewards.sum(), **EXACT)
+    torch.testing.assert_close(metrics["rejected_reward"], rejected_rewards.sum(), **EXACT)
+
+
+def test_orpo_loss() -> None:
+    """The odds ratio's term in single precision, as TRL casts to it."""
+    chosen, rejected = drawn_answers(36), drawn_answers(37)
+    trainer = SimpleNamespace(accelerator=FakeAccelerator(), beta=0.4)
+    subtracted, *_, log_odds = orpo.ORPOTrainer.odds_ratio_loss(trainer, chosen.mean, rejected.mean)
+    loss, metrics = OrpoLoss(coefficient=0.4)(chosen, rejected)
+    assert (loss - metrics["nll"]).item() == pytest.approx(-subtracted.sum().item(), abs=1e-5)
+    assert (metrics["margin"] / 5).item() == pytest.approx(log_odds.item(), abs=1e-5)

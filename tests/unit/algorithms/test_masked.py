@@ -64,6 +64,12 @@ def test_weights_and_units_of_the_two_aggregations() -> None:
     assert (unit_count(mask, "token"), unit_count(mask, "sequence")) == (3, 2)
 
 
+def test_a_pair_has_two_rows() -> None:
+    assert (unit_count(torch.ones(6, 2, dtype=torch.bool), "pair"), unit_count(NOTHING, "pair")) == (3, 1)
+    with pytest.raises(AssertionError, match="two rows each, got 3"):
+        unit_count(torch.ones(3, 2, dtype=torch.bool), "pair")
+
+
 def test_explained_variance_by_hand() -> None:
     mask = torch.tensor([[True, True, True, False]])
     returns = torch.tensor([[1.0, 2.0, 6.0, 50.0]])  # variance (4 + 1 + 9) / 3

@@ -3,7 +3,7 @@ from statistics import mean
 
 import pytest
 
-from rlhf_ray.data.synthetic import EFFECTS, FEELINGS, QUALITIES, judge, reviews, vocabulary
+from rlhf_ray.data.synthetic import EFFECTS, FEELINGS, QUALITIES, judge, preferences, reviews, vocabulary
 
 
 def test_rows_depend_on_split_and_number_only() -> None:
@@ -56,3 +56,30 @@ def test_judge_by_hand() -> None:
 def test_no_word_is_on_both_sides() -> None:
     sides = [{word for table in (QUALITIES, FEELINGS, EFFECTS) for word in table[label]} for label in (0, 1)]
     assert not sides[0] & sides[1]
+
+
+def test_pairs_share_a_neutral_prompt_and_differ_in_sentiment() -> None:
+    rows = preferences("train", 1000)
+    assert preferences("train", 20) == rows[:20]
+    assert preferences("train", 20, seed=1) != rows[:20]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in reviews("train", 1000)]
+    assert not {row["chosen"] for row in rows} & {row["rejected"] for row in rows}
+    for row in rows:
+        chosen, rejected = judge(row["prompt"] + row["chosen"]), judge(row["prompt"] + row["rejected"])
+        assert chosen > 0 > rejected
+        assert row["margin"] == pytest.approx(chosen - rejected)
+
+
+def test_neither_side_of_a_pair_is_longer() -> None:
+    rows = preferences("train", 4000)
+    difference = mean(len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows)
+    assert difference == pytest.approx(0, abs=0.5)
+
+
+def test_the_reviews_are_the_ones_they_were() -> None:
+    first = reviews("train", 1)[0]
+    assert first["label"] == 1
+    assert first["text"] == (
+        "This small mystery by Lucia Romero about a doctor seemed delightful but dreadful. One could call the pace "
+        "fresh. It is based on a short book. The pace shines in the last act. For most of us it works."
+    )

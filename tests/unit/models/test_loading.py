@@ -22,10 +22,12 @@ from rlhf_ray.models.loading import (
     load_classifier,
     load_config,
     load_eos_token_ids,
+    load_reward_model,
     load_tokenizer,
     new_model,
     new_tokenizer,
 )
+from tests.tiny_models import make_classifier, make_gpt2, make_reward_model
 
 TEXTS = ["The film was a joy.", "A dull film; nobody laughed."]
 
@@ -175,3 +177,34 @@ def test_hub_errors_become_plain_words(monkeypatch: pytest.MonkeyPatch, cause: E
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ConfigError, match=words):
         load_config("someone/some-model", "main2")
+
+
+def test_a_reward_model_starts_from_a_language_model_with_a_head_of_zero(llama_directory: Path) -> None:
+    model = load_reward_model(str(llama_directory), None, "float32", load_tokenizer(str(llama_directory)))
+    trunk = load_causal_lm(str(llama_directory)).base_model
+    assert model.score.weight.shape[0] == 1
+    assert not model.score.weight.any()
+    assert torch.equal(model.model.embed_tokens.weight, trunk.embed_tokens.weight)
+    assert model.config.architectures == ["LlamaForSequenceClassification"]
+    assert model.config.pad_token_id == 0
+
+
+def test_padding_that_is_also_the_end_is_not_named_to_transformers(tmp_path: Path) -> None:
+    """It would take the end of a row for padding, and read the score before it."""
+    name = make_gpt2(tmp_path / "gpt2")
+    assert load_reward_model(name, None, "float32", load_tokenizer(name)).config.pad_token_id is None
+
+
+def test_a_reward_model_starts_from_a_reward_model(tmp_path: Path) -> None:
+    name = make_reward_model(tmp_path / "one")
+    model = load_reward_model(name, None, "float32", load_tokenizer(name))
+    assert torch.equal(model.score.weight, load_classifier(name).score.weight)
+
+
+def test_what_cannot_become_a_reward_model(tmp_path: Path) -> None:
+    two = make_reward_model(tmp_path / "two", labels=2)
+    with pytest.raises(ConfigError, match=r"wanted a classifier with 1 output\(s\), got 2"):
+        load_reward_model(two, None, "float32", load_tokenizer(two))
+    both_ways = make_classifier(tmp_path / "bert", labels=1)
+    with pytest.raises(ConfigError, match="reads from left to right"):
+        load_reward_model(both_ways, None, "float32", load_tokenizer(both_ways))

@@ -239,6 +239,6 @@ def ppo_groups(
 def stage_run(folder: RunFolder, config: schema.Stage, *, total: int, recorder: Recorder | None = None) -> StageRun:
     """A run whose view writes into the void."""
     recorder = recorder or Recorder()
-    unit = "step" if config.method == "sft" else "iteration"
+    unit = "iteration" if config.method == "ppo" else "step"
     view = PlainView(config.name, total, recorder, unit=unit, out=io.StringIO())  # type: ignore[arg-type]
     return StageRun(folder, config, total=total, seed=1, tracking=schema.Tracking(), recorder=recorder, view=view)

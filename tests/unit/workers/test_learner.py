@@ -10,17 +10,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Experience, Sequences, make_sequences
+from rlhf_ray.data.batches import Experience, PreferencePairs, Rollouts, Sequences, make_sequences
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.models.forward import Outputs
 from rlhf_ray.workers import learner as learner_module
 from rlhf_ray.workers.learner import Learner
-from rlhf_ray.workers.objectives import JointObjective, LanguageObjective, PolicyObjective, ValueObjective
+from rlhf_ray.workers.objectives import (
+    BradleyTerryObjective,
+    JointObjective,
+    LanguageObjective,
+    PolicyObjective,
+    ValueObjective,
+)
+from rlhf_ray.workers.scorers import ModelScorer
 
 SGD_LIKE = schema.Optimizer(learning_rate=1e-2, betas=(0.0, 0.0), eps=1.0)
 MakeLearner = Callable[..., Learner]
@@ -280,6 +287,59 @@ def test_weights_carry_tied_embeddings_and_no_value_head(make: MakeLearner, gpt2
     assert len(buckets) > 2
     for name, tensor in (pair for bucket in buckets for pair in bucket):
         assert torch.equal(tensor, model.state_dict()[name])
+
+
+@pytest.fixture
+def pairs(sequences: Sequences) -> PreferencePairs:
+    rejected = make_sequences([[5, 6], [7], [8, 9, 10], [11], [12]], [[13], [14] * 9, [15, 16], [17] * 4, [18]])
+    return PreferencePairs(sequences, rejected, ids=list(range(5)), margins=torch.tensor([0.0, 1.0, 0.0, 0.5, 0.0]))
+
+
+def test_a_reward_model_does_not_depend_on_micro_batches(make: MakeLearner, pairs: PreferencePairs) -> None:
+    runs = []
+    for settings in ({}, {"micro_batch_tokens": 30}, {"micro_batch_sequences": 1}, {"micro_batch_sequences": 5}):
+        learner = make(head="score", **settings)
+        assert learner.scores(pairs.chosen).tolist() == [0.0] * 5
+        steps = [learner.update(pairs, BradleyTerryObjective(), epochs=1, mini_batches=2, iteration=i) for i in (1, 2)]
+        runs.append((steps, weights_of(learner)))
+    for steps, weights in runs[1:]:
+        for step, expected in zip(steps, runs[0][0], strict=True):
+            assert step == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        torch.testing.assert_close(weights, runs[0][1], rtol=1e-5, atol=1e-6)
+    # All scores are 0 before the first step of the first update: log 2 without a margin.
+    assert runs[0][0][1]["loss"] < runs[0][0][0]["loss"]
+
+
+def test_a_saved_reward_model_gives_the_same_scores_everywhere(
+    make: MakeLearner, model_directory: Path, pairs: PreferencePairs, tmp_path: Path
+) -> None:
+    learner = make(head="score", model=model_directory, optimizer=schema.Optimizer(learning_rate=1e-2))
+    learner.update(pairs, BradleyTerryObjective(), epochs=3, mini_batches=1, iteration=1)
+    learner.save_model(tmp_path, {"score_mean": 0.25})
+    scores = learner.scores(pairs.chosen)
+    assert scores.unique().numel() == 5
+
+    lengths = pairs.chosen.lengths().tolist()
+    rows = [row[:length] for row, length in zip(pairs.chosen.tokens.tolist(), lengths, strict=True)]
+    network = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert network.config.num_labels == 1
+    assert network.config.score_mean == 0.25
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    with torch.no_grad():
+        alone = torch.cat([network(torch.tensor([row])).logits[:, 0] for row in rows])
+        beside = network(**tokenizer.pad({"input_ids": rows}, return_tensors="pt")).logits[:, 0]
+    torch.testing.assert_close(alone, scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(beside, scores, atol=1e-5, rtol=0)
+
+    config = schema.ModelReward(kind="model", model=str(tmp_path))
+    scorer = ModelScorer(Place("reward", 0, 1), config=config, model=str(tmp_path), policy_tokenizer=str(tmp_path))
+    shape = pairs.chosen.tokens.shape
+    texts = [""] * 5
+    rollouts = Rollouts(
+        pairs.chosen, torch.zeros(shape), torch.ones(5).bool(), texts, texts, [None] * 5, torch.arange(5), 0
+    )
+    torch.testing.assert_close(scorer.score(rollouts), scores, atol=1e-5, rtol=0)
+    assert torch.equal(make(head="score", model=tmp_path).scores(pairs.chosen), scores)
 
 
 def test_a_critic_has_no_model_to_give(make: MakeLearner, tmp_path: Path) -> None:

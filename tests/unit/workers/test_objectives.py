@@ -1,13 +1,21 @@
 """Objectives: which output meets which column."""
 
+from math import exp, log
+
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
-from rlhf_ray.data.batches import Experience, make_sequences
+from rlhf_ray.data.batches import Experience, PreferencePairs, make_sequences
 from rlhf_ray.models.forward import Outputs
-from rlhf_ray.workers.objectives import JointObjective, LanguageObjective, PolicyObjective, ValueObjective
+from rlhf_ray.workers.objectives import (
+    BradleyTerryObjective,
+    JointObjective,
+    LanguageObjective,
+    PolicyObjective,
+    ValueObjective,
+)
 
 SURROGATE = ClippedPolicyLoss(
     clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0, aggregation="token_mean"
@@ -63,6 +71,25 @@ def test_joint() -> None:
 def test_language() -> None:
     loss, _ = LanguageObjective()(OUTPUTS, SEQUENCES)
     assert loss.item() == pytest.approx(3.0)
+
+
+def test_bradley_terry() -> None:
+    pairs = PreferencePairs(
+        chosen=make_sequences([[1], [1]], [[2, 3], [2]]),
+        rejected=make_sequences([[1], [1]], [[4], [4, 5, 6]]),
+        ids=[0, 1],
+        margins=torch.tensor([0.0, 0.5]),
+    )
+    objective = BradleyTerryObjective()
+    assert objective.sequences(pairs).lengths().tolist() == [3, 2, 2, 4]
+    zeros = torch.zeros(4, 4)
+    # Chosen scores 2 and 1, rejected scores 1 and 3.
+    outputs = Outputs(zeros, zeros, zeros, final_values=torch.tensor([2.0, 1.0, 1.0, 3.0]))
+    loss, metrics = objective(outputs, pairs)
+    assert objective.unit == "pair"
+    assert loss.item() == pytest.approx(log(1 + exp(-1)) + log(1 + exp(2.5)))
+    assert metrics["accuracy"].item() == 1
+    assert metrics["margin"].item() == pytest.approx(1 - 2)
 
 
 def test_entropy_is_trained_only_where_its_weight_is_not_zero() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -165,6 +167,18 @@ def test_a_row_that_is_too_long_is_cut_on_the_left_and_counted(models: SimpleNam
     expected = last_logits(models.same_tokens, [[*tokens[0], 9][-256:], [4, 5, 9]])
     torch.testing.assert_close(scorer.score(rollouts), expected)
     assert scorer.counts() == {"truncated": 1}
+
+
+def test_scores_are_normalised_by_what_the_model_says(models: SimpleNamespace, tmp_path: Path) -> None:
+    rollouts = make_rollouts(models.policy)
+    plain = model_scorer(models, "same_tokens").score(rollouts)
+    folder = SimpleNamespace(policy=models.policy, judge=str(shutil.copytree(models.same_tokens, tmp_path / "judge")))
+    with pytest.raises(ConfigError, match="got None and None"):
+        model_scorer(folder, "judge", normalise=True)
+    file = tmp_path / "judge" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score_mean": 0.5, "score_std": 2.0}))
+    torch.testing.assert_close(model_scorer(folder, "judge", normalise=True).score(rollouts), (plain - 0.5) / 2)
+    torch.testing.assert_close(model_scorer(folder, "judge").score(rollouts), plain)
 
 
 def test_a_model_with_two_logits_is_refused(models: SimpleNamespace) -> None:

@@ -219,8 +219,7 @@ class ClassifierReward(_Reward):
 
 
 class FunctionReward(_Reward):
-    """A function of the user's: `function(prompts, responses, answers, **arguments) -> list of floats`, sync or async.
-    A function of the user's: `function(prompts, responses, answers, **arguments) -> list of floats`, sync or async."""
+    """The user's function, sync or async: `function(prompts, responses, answers, **arguments) -> list of floats`."""
 
     kind: Literal["function"]
     """A Python function."""

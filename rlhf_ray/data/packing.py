@@ -13,6 +13,11 @@ from torch import Tensor
 from rlhf_ray.data.batches import Sequences
 
 
+def token_budget(configured: int | None, device: torch.device) -> int:
+    """Most tokens in one forward pass: the setting, else what suits the device."""
+    return configured or (16384 if device.type == "cuda" else 512)
+
+
 def plan_micro_batches(
     lengths: Sequence[int], *, max_tokens: int, max_sequences: int | None = None, padded: bool = False
 ) -> list[list[int]]:

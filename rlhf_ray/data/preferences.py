@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import isfinite
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -271,17 +271,14 @@ class PreferenceSet:
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches in one pass; the last may be smaller."""
-        return ceil(len(self) / batch_size)
+        return self.stream.steps_per_epoch(batch_size)
 
     def batch(self, step: int, batch_size: int) -> PreferencePairs:
         """The step-th (from 0) batch of the endless stream; depends on seed and step only.
 
         Each epoch starts a new batch, so with one source every epoch holds each pair once.
         """
-        epoch, number = divmod(step, self.steps_per_epoch(batch_size))
-        start = number * batch_size
-        taken = self.stream.take(epoch * len(self) + start, min(batch_size, len(self) - start))
-        return self._pairs([row for row, _ in taken])
+        return self._pairs(self.stream.batch(step, batch_size))
 
     def all(self) -> PreferencePairs:
         """Every pair once, in the data's order."""

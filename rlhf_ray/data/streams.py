@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,20 @@ class Stream:
     def __len__(self) -> int:
         """Rows of all sources together."""
         return sum(self._sizes)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches in one pass over all rows; the last may be smaller."""
+        return ceil(sum(self._sizes) / batch_size)
+
+    def batch(self, step: int, batch_size: int) -> list[int]:
+        """The rows of the step-th (from 0) batch.
+
+        Each epoch starts a new batch, so with one source every epoch holds each row once.
+        """
+        rows = sum(self._sizes)
+        epoch, number = divmod(step, self.steps_per_epoch(batch_size))
+        start = number * batch_size
+        return [row for row, _ in self.take(epoch * rows + start, min(batch_size, rows - start))]
 
     def take(self, start: int, count: int) -> list[tuple[int, int]]:
         """(row, pass) at the positions start ... start + count - 1."""

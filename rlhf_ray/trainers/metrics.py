@@ -97,6 +97,11 @@ def experience_metrics(experience: Experience, rollouts: Rollouts) -> dict[str, 
     return metrics
 
 
+def prefixed(role: str, stats: dict[str, float]) -> dict[str, float]:
+    """Metric names with the role in front, where they have none."""
+    return {name if "/" in name else f"{role}/{name}": value for name, value in stats.items()}
+
+
 def distinct_bigram_share(texts: Sequence[str]) -> float:
     """Share of the texts' bigrams of words that are different from each other: 1 is all, near 0 one phrase repeated.
 

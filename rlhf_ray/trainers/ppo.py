@@ -28,7 +28,7 @@ from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum
-from rlhf_ray.trainers.metrics import experience_metrics, rollout_metrics
+from rlhf_ray.trainers.metrics import experience_metrics, prefixed, rollout_metrics
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
@@ -278,8 +278,3 @@ def update(
     skipped = of_policy[0]["guard/skipped_steps"] + of_critic[0]["guard/skipped_steps"]
     both = prefixed("policy", of_policy[0]) | prefixed("critic", of_critic[0])
     return both | {"guard/skipped_steps": skipped}
-
-
-def prefixed(role: str, stats: dict[str, float]) -> dict[str, float]:
-    """Metric names with the role in front, where they have none."""
-    return {name if "/" in name else f"{role}/{name}": value for name, value in stats.items()}

@@ -10,6 +10,7 @@ from rlhf_ray.data.batches import PreferencePairs, Sequences
 from rlhf_ray.data.preferences import PreferenceSet
 from rlhf_ray.distributed.groups import WorkerGroup
 from rlhf_ray.shapes import SequenceFloat, SequenceMask
+from rlhf_ray.trainers.metrics import prefixed
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.objectives import BradleyTerryObjective
@@ -36,7 +37,7 @@ def train_reward_model(
     for step in run.remaining():
         batch = pairs.batch(step - 1, config.batch_size)
         stats = policy.all(Learner.update, batch, objective, epochs=1, mini_batches=1, iteration=step).result()[0]
-        metrics = {name if "/" in name else f"policy/{name}": value for name, value in stats.items()}
+        metrics = prefixed("policy", stats)
         metrics["policy/tokens"] = float(batch.chosen.attention_mask.sum() + batch.rejected.attention_mask.sum())
         if held_out is not None and run.evaluation_due(step, every=config.evaluation.every):
             with run.evaluating():

@@ -8,6 +8,7 @@ from rlhf_ray.config import schema
 from rlhf_ray.data.preferences import PreferenceSet
 from rlhf_ray.data.texts import TextSet
 from rlhf_ray.distributed.groups import WorkerGroup
+from rlhf_ray.trainers.metrics import prefixed
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.objectives import LanguageObjective
@@ -29,7 +30,7 @@ def train_sft(
     for step in run.remaining():
         batch = texts.batch(step - 1, config.batch_size)
         stats = policy.all(Learner.update, batch, objective, epochs=1, mini_batches=1, iteration=step).result()[0]
-        metrics = {name if "/" in name else f"policy/{name}": value for name, value in stats.items()}
+        metrics = prefixed("policy", stats)
         metrics["policy/tokens"] = float(batch.attention_mask.sum())
         if held_out is not None and run.evaluation_due(step, every=config.evaluation.every):
             with run.evaluating():

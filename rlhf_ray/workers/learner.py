@@ -21,7 +21,7 @@ from rlhf_ray.algorithms.language_losses import negative_log_likelihood
 from rlhf_ray.algorithms.masked import unit_count
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Batch, Sequences
-from rlhf_ray.data.packing import balance, plan_micro_batches
+from rlhf_ray.data.packing import balance, plan_micro_batches, token_budget
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.distributed.faults import fault
 from rlhf_ray.distributed.memory import peak_memory_gib
@@ -52,8 +52,6 @@ from rlhf_ray.workers.objectives import Objective
 
 B = TypeVar("B", bound=Batch)
 
-_CPU_TOKENS = 512
-_GPU_TOKENS = 16384
 _SAVE_BUCKET_BYTES = 2 << 30
 
 
@@ -247,11 +245,10 @@ class Learner:
 
     def _micro_batches(self, costs: SequenceInt, together: int = 1) -> list[list[int]]:
         """Rows of `together` sequences each, cut by their tokens."""
-        default = _GPU_TOKENS if self.device.type == "cuda" else _CPU_TOKENS
         most = self.config.micro_batch_sequences
         return plan_micro_batches(
             costs.tolist(),
-            max_tokens=self.config.micro_batch_tokens or default,
+            max_tokens=token_budget(self.config.micro_batch_tokens, self.device),
             max_sequences=None if most is None else max(1, most // together),
             padded=self.layout == "padded",
         )

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Rollouts, Sequences, pad_rows
-from rlhf_ray.data.packing import plan_micro_batches
+from rlhf_ray.data.packing import plan_micro_batches, token_budget
 from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.errors import ConfigError, WorkerError
@@ -63,7 +63,7 @@ class ReferenceScorer:
         packs = self._device.type == "cuda" and supports_packing(network)
         self._layout: Layout = "packed" if packs else "padded"
         self._network = LanguageModel(network)
-        self._max_tokens = _token_budget(config.micro_batch_tokens, self._device)
+        self._max_tokens = token_budget(config.micro_batch_tokens, self._device)
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, temperature: float) -> TokenFloat:
@@ -417,7 +417,7 @@ class _Reader:
         self._tokenizer = tokenizer
         # The response stands on the right: what does not fit is cut on the left.
         tokenizer.truncation_side = "left"
-        self._max_tokens = _token_budget(max_tokens, self._device)
+        self._max_tokens = token_budget(max_tokens, self._device)
         positions = getattr(network.config, "max_position_embeddings", None)
         self._max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
         self.truncated = 0
@@ -472,7 +472,3 @@ class _Reader:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _token_budget(configured: int | None, device: torch.device) -> int:
-    return configured or (512 if device.type == "cpu" else 16384)

@@ -1,6 +1,7 @@
 """Stopping a run from outside: the iteration under way is finished and saved, and `resume` goes on from there."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,11 +48,24 @@ def stop_after(process: subprocess.Popen[str], run_dir: Path, iteration: int, nu
     return out + errors
 
 
+def stopped_at(said: str, run_dir: Path, *, by: str, after: int) -> int:
+    """The iteration that the program finished and saved; the one before it may still be under way at the signal."""
+    found = re.search(rf"{by}: finishing iteration (\d+), then saving; once more stops at once, without saving", said)
+    assert found, said
+    iteration = int(found[1])
+    assert iteration in (after, after + 1), said
+    assert f"stopped after iteration {iteration} of 6" in said
+    assert f"rlhf-ray resume {run_dir}  (stage ppo is saved at iteration {iteration})" in said
+    assert "Traceback" not in said
+    assert iterations(run_dir) == list(range(iteration + 1))
+    return iteration
+
+
 def test_stop_and_resume(tmp_path: Path, cluster: Cluster) -> None:
-    """Ctrl-C in iteration 2, SIGTERM in iteration 4, and then to the end, which is iteration 5."""
+    """Ctrl-C once iteration 1 is there, SIGTERM once iteration 3 is, and then to the end, which is iteration 6."""
     config = tiny_ppo(
         tmp_path,
-        iterations=5,
+        iterations=6,
         prompts_per_iteration=2,
         advantages={"estimator": "leave_one_out"},
         sampling={"samples_per_prompt": 2, "max_new_tokens": 4},
@@ -66,32 +80,25 @@ def test_stop_and_resume(tmp_path: Path, cluster: Cluster) -> None:
     process = command("run", str(file), cluster=cluster, fault="update:policy:0:2:sleep:3")
     said = stop_after(process, run_dir, 1, signal.SIGINT)
     assert process.returncode == 130, said
-    assert "Ctrl-C: finishing iteration 2, then saving; once more stops at once, without saving" in said
-    assert "stopped after iteration 2 of 5" in said
-    assert f"rlhf-ray resume {run_dir}  (stage ppo is saved at iteration 2)" in said
-    assert "Traceback" not in said
-    assert iterations(run_dir) == [0, 1, 2]
-    assert [path.name for path in (stage / "checkpoints").glob("iteration_*")] == ["iteration_000002"]
+    first = stopped_at(said, run_dir, by="Ctrl-C", after=1)
+    assert [path.name for path in (stage / "checkpoints").glob("iteration_*")] == [f"iteration_{first:06d}"]
     assert not (stage / "model").exists()
 
     again = command("run", str(file), cluster=cluster)
     _, errors = again.communicate(timeout=DEADLINE_S)
     assert again.returncode == 2, errors
     assert f"rlhf-ray resume {run_dir}" in errors
-    assert iterations(run_dir) == [0, 1, 2]
+    assert iterations(run_dir) == list(range(first + 1))
 
     process = command("resume", str(run_dir), cluster=cluster, fault="update:policy:0:4:sleep:3")
     said = stop_after(process, run_dir, 3, signal.SIGTERM)
     assert process.returncode == 143, said
-    assert "SIGTERM: finishing iteration 4" in said
-    assert f"rlhf-ray resume {run_dir}  (stage ppo is saved at iteration 4)" in said
-    assert "Traceback" not in said
-    assert iterations(run_dir) == [0, 1, 2, 3, 4]
+    second = stopped_at(said, run_dir, by="SIGTERM", after=3)
 
     process = command("resume", str(run_dir), cluster=cluster)
     out, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, out + errors
-    assert "going on after iteration 4 of 5" in out
-    assert iterations(run_dir) == [0, 1, 2, 3, 4, 5]
+    assert f"going on after iteration {second} of 6" in out
+    assert iterations(run_dir) == [0, 1, 2, 3, 4, 5, 6]
     assert (stage / "model" / "config.json").exists()
     assert (stage / "done.json").exists()

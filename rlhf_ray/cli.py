@@ -20,10 +20,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from rlhf_ray.config.describe import METHODS, Setting, list_settings
+from rlhf_ray.config.effects import generator_of, rewards_of
 from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, read_origin
 from rlhf_ray.config.problems import suggestion
 from rlhf_ray.config.rules import warnings
-from rlhf_ray.config.schema import FunctionReward, NewModel, Pipeline, Ppo, Sft, Stage
+from rlhf_ray.config.schema import Collect, FunctionReward, NewModel, Pipeline, Ppo, Sft, Stage
 from rlhf_ray.errors import ConfigError, Interrupted, RlhfRayError, UserError
 
 PROGRAM = "rlhf-ray"
@@ -199,8 +200,8 @@ def _fail(message: str, code: int) -> NoReturn:
 def _start(config: Pipeline, *, pipeline_dir: Path, resume: bool) -> None:
     from rlhf_ray.doctor import check_floors
 
-    uses_vllm = any(isinstance(stage, Ppo) and stage.generator.engine == "vllm" for stage in config.stages)
-    check_floors(engine=uses_vllm)
+    generators = [generator for stage in config.stages if (generator := generator_of(stage)) is not None]
+    check_floors(engine=any(generator.engine == "vllm" for generator in generators))
     _check_functions(config, pipeline_dir)
     for line in warnings(config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -215,7 +216,7 @@ def _check_functions(config: Pipeline, pipeline_dir: Path) -> None:
     from rlhf_ray.workers.reward_functions import check_function
 
     for stage in config.stages:
-        for reward in stage.reward if isinstance(stage, Ppo) else ():
+        for reward in rewards_of(stage):
             if isinstance(reward, FunctionReward):
                 check_function(reward.function, pipeline_dir, reward.arguments)
 
@@ -244,6 +245,10 @@ def summary(config: Pipeline, stage: Stage) -> str:
     if isinstance(stage, Ppo):
         samples = stage.prompts_per_iteration * stage.sampling.samples_per_prompt
         length = f"{stage.iterations} iterations of {samples} samples, {stage.advantages.estimator}"
+    elif isinstance(stage, Collect):
+        prompts = "every prompt" if stage.prompts is None else f"{stage.prompts} prompts"
+        length = f"{stage.sampling.samples_per_prompt} samples for {prompts}, {stage.keep}"
+        return f"{stage.name} ({stage.method}): {name}, {length} -> {Path(config.run_dir) / stage.name / 'data'}"
     elif stage.steps is not None:
         length = f"{stage.steps} steps of {stage.batch_size} {'sequences' if isinstance(stage, Sft) else 'pairs'}"
     else:

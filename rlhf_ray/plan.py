@@ -24,7 +24,7 @@ def _check(stage: schema.Stage) -> dict[str, int]:
     match stage:
         case schema.Sft():
             return check_texts(stage.data)
-        case schema.RewardModel():
+        case schema.RewardModel() | schema.Dpo():
             return check_preferences(stage.data)
-        case schema.Ppo():
+        case schema.Ppo() | schema.Collect():
             return check_prompts(stage.data)

@@ -10,9 +10,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf_ray.config.schema import Pipeline, Ppo, RewardModel, Section, Sft, Source
+from rlhf_ray.config.schema import Collect, Dpo, Pipeline, Ppo, RewardModel, Section, Sft, Source
 
-METHODS: dict[str, type[Section]] = {"sft": Sft, "reward_model": RewardModel, "ppo": Ppo}
+METHODS: dict[str, type[Section]] = {
+    "sft": Sft,
+    "reward_model": RewardModel,
+    "ppo": Ppo,
+    "dpo": Dpo,
+    "collect": Collect,
+}
 STAGE_KEYS = frozenset(key for section in METHODS.values() for key in section.model_fields)
 PIPELINE_KEYS = tuple(key for key in Pipeline.model_fields if key != "stages")
 

@@ -7,7 +7,20 @@ from pathlib import Path
 
 from rlhf_ray.config.paths import DATA_ENDINGS, is_local
 from rlhf_ray.config.problems import KeyPath, Problem
-from rlhf_ray.config.schema import Critic, FunctionReward, Generator, Learner, NewModel, Pipeline, Ppo, Source, Stage
+from rlhf_ray.config.schema import (
+    Collect,
+    Critic,
+    Dpo,
+    FunctionReward,
+    Generator,
+    Learner,
+    NewModel,
+    Pipeline,
+    Ppo,
+    Reward,
+    Source,
+    Stage,
+)
 
 _Silent = tuple[Sequence[str], str, Sequence[str]]
 
@@ -30,7 +43,9 @@ def _split(key: str) -> KeyPath:
 
 def _silent(stage: Stage) -> Iterator[_Silent]:
     """Keys without effect, why, and the keys that make it so."""
-    if stage.data.evaluation is None:
+    if isinstance(stage, Collect):
+        yield ["data.evaluation"], "in a collect stage", []
+    elif stage.data.evaluation is None:
         yield ["evaluation"], "without data.evaluation", ["data.evaluation"]
     for role, learner in learners(stage):
         if isinstance(learner, Critic) and learner.kind == "value_head":
@@ -38,6 +53,14 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
         yield from _silent_learner(str(role[0]), learner)
     for split in ("train", "evaluation"):
         yield from _silent_sources(getattr(stage.data, split) or (), f"data.{split}")
+    if isinstance(stage, Ppo | Dpo):
+        yield from _silent_revision("reference", stage.reference.model)
+    for position, reward in enumerate(rewards_of(stage)):
+        if not isinstance(reward, FunctionReward):
+            yield from _silent_revision(f"reward.{position}", reward.model)
+    generator = generator_of(stage)
+    if generator is not None:
+        yield from _silent_generator(generator)
     if isinstance(stage, Ppo):
         yield from _silent_ppo(stage)
 
@@ -88,11 +111,6 @@ def _silent_ppo(stage: Ppo) -> Iterator[_Silent]:
         yield ["advantages.divide_by_std"], f"with {estimator} (group_relative only)", cause
     yield from _silent_critic(stage)
     yield from _silent_kl(stage)
-    yield from _silent_revision("reference", stage.reference.model)
-    for position, reward in enumerate(stage.reward):
-        if not isinstance(reward, FunctionReward):
-            yield from _silent_revision(f"reward.{position}", reward.model)
-    yield from _silent_generator(stage.generator)
     if stage.old_logprobs == "generator":
         reason = "with old_logprobs: generator, where there is no difference to correct"
         yield ["correction"], reason, ["old_logprobs"]
@@ -138,7 +156,19 @@ def _silent_generator(generator: Generator) -> Iterator[_Silent]:
 
 def learners(stage: Stage) -> list[tuple[KeyPath, Learner]]:
     """The sections of a stage that are trained."""
-    found: list[tuple[KeyPath, Learner]] = [(("policy",), stage.policy)]
+    found: list[tuple[KeyPath, Learner]] = []
+    if not isinstance(stage, Collect):
+        found.append((("policy",), stage.policy))
     if isinstance(stage, Ppo) and stage.critic is not None:
         found.append((("critic",), stage.critic))
     return found
+
+
+def rewards_of(stage: Stage) -> tuple[Reward, ...]:
+    """The scorers of a stage; none where its method has none."""
+    return stage.reward if isinstance(stage, Ppo | Dpo | Collect) else ()
+
+
+def generator_of(stage: Stage) -> Generator | None:
+    """The engines of a stage; None where it has none."""
+    return stage.generator if isinstance(stage, Ppo | Dpo | Collect) else None

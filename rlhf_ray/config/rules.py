@@ -6,25 +6,28 @@ Every rule runs, and each has its own message. Nothing here opens a data file, i
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_ray.config.effects import learners, without_effect
-from rlhf_ray.config.paths import check_function, check_model_path, check_source, is_local
+from rlhf_ray.config.collect_rules import collect_rules
+from rlhf_ray.config.dpo_rules import dpo_rules
+from rlhf_ray.config.effects import generator_of, learners, rewards_of, without_effect
+from rlhf_ray.config.paths import check_model_path, check_source, is_local
+from rlhf_ray.config.ppo_rules import ppo_rules
 from rlhf_ray.config.problems import KeyPath, Problem, is_set, suggestion
+from rlhf_ray.config.role_rules import NAME, active_filters, generator_rules, learner_rules, reward_names, scorer_rules
 from rlhf_ray.config.schema import (
     ClassifierReward,
-    Critic,
+    Collect,
+    Dpo,
     FunctionReward,
-    Learner,
     ModelReward,
     NewModel,
     Pipeline,
     Policy,
     Ppo,
     RewardModel,
-    Sampling,
+    SampledPolicy,
     Section,
     Sft,
     Stage,
@@ -38,8 +41,6 @@ PREFERENCE_METRICS = (
     "accuracy_chosen_shorter",
     "calibration_error",
 )
-GROUP_ESTIMATORS = ("group_relative", "leave_one_out", "reinforce_baseline")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
@@ -51,11 +52,19 @@ def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
     for index, stage in enumerate(pipeline.stages):
         path = ("stages", index)
         problems += _stage(pipeline, index)
-        if isinstance(stage, Sft | RewardModel):
-            problems += _steps(stage, path)
-        else:
-            problems += _ppo(stage, path)
-            problems += _rewards(stage, path, pipeline_dir)
+        problems += scorer_rules(rewards_of(stage), (*path, "reward"), pipeline_dir=pipeline_dir)
+        generator = generator_of(stage)
+        if generator is not None:
+            problems += generator_rules(generator, (*path, "generator"))
+        match stage:
+            case Ppo():
+                problems += ppo_rules(stage, path)
+            case Collect():
+                problems += collect_rules(stage, path)
+            case Dpo():
+                problems += [*_steps(stage, path), *dpo_rules(stage, path)]
+            case _:
+                problems += _steps(stage, path)
         problems += _context(pipeline, index)
     for silent in without_effect(pipeline):
         if is_set(pipeline, silent.path):
@@ -67,7 +76,7 @@ def warnings(pipeline: Pipeline) -> list[str]:
     """What is allowed but worth a look, one line each, for `rlhf-ray check`."""
     lines = []
     for stage in pipeline.stages:
-        if stage.data.evaluation is None:
+        if stage.data.evaluation is None and not isinstance(stage, Collect):
             lines.append(f"{stage.name}: no data.evaluation, so nothing is measured on held-out data")
         lines += [f"{stage.name}.{line}" for line in _model_warnings(stage)]
         if isinstance(stage, Ppo):
@@ -90,23 +99,11 @@ def warnings(pipeline: Pipeline) -> list[str]:
     return lines
 
 
-def active_filters(sampling: Sampling) -> list[str]:
-    """The sampling settings in use under which a token's probability is not the policy's own."""
-    active = {
-        "top_k": sampling.top_k > 0,
-        "top_p": sampling.top_p < 1,
-        "min_p": sampling.min_p > 0,
-        "repetition_penalty": sampling.repetition_penalty != 1,
-        "min_new_tokens": sampling.min_new_tokens > 0,
-    }
-    return [name for name, on in active.items() if on]
-
-
 def _stage_names(pipeline: Pipeline) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for index, stage in enumerate(pipeline.stages):
         path = ("stages", index, "name")
-        if not _NAME.fullmatch(stage.name):
+        if not NAME.fullmatch(stage.name):
             yield Problem(path, f"got {stage.name!r}, wanted letters, digits, `_` and `-` only: it names a folder")
         elif stage.name in Pipeline.model_fields:
             yield Problem(path, f"got {stage.name!r}, which is a setting of the pipeline; choose another name")
@@ -131,9 +128,10 @@ def _run(pipeline: Pipeline) -> Iterator[Problem]:
     transport = pipeline.placement.transport
     if transport in ("nccl", "cuda_ipc"):
         for index, stage in enumerate(pipeline.stages):
-            if not isinstance(stage, Ppo):
+            generator = generator_of(stage)
+            if generator is None or isinstance(stage, Collect):
                 continue
-            for role, workers in (("policy", stage.policy), ("generator", stage.generator)):
+            for role, workers in (("policy", stage.policy), ("generator", generator)):
                 if workers.gpus == 0:
                     yield Problem(
                         ("placement", "transport"),
@@ -148,7 +146,7 @@ def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
     for key, section in _models(stage):
         yield from _model(pipeline, index, (*path, *key), section)
     for key, learner in learners(stage):
-        yield from _learner(learner, (*path, *key))
+        yield from learner_rules(learner, (*path, *key))
     for split in ("train", "evaluation"):
         for position, source in enumerate(getattr(stage.data, split) or ()):
             yield from check_source(source, (*path, "data", split, position))
@@ -169,42 +167,31 @@ def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
             )
 
 
-def reward_names(stage: Ppo) -> list[str]:
-    """The scorers' names in the metrics, in order."""
-    return [reward.name or reward.kind for reward in stage.reward]
-
-
 def _evaluation_metrics(stage: Stage) -> list[str]:
-    if isinstance(stage, RewardModel):
+    if isinstance(stage, RewardModel | Dpo):
         return [f"evaluation/{name}" for name in PREFERENCE_METRICS]
     if isinstance(stage, Sft):
         return ["evaluation/loss", "evaluation/perplexity"]
+    if isinstance(stage, Collect):
+        return []
     names = ["reward_mean", "reward_std", "length_mean", "finished_share", "distinct_bigram_share"]
     if len(stage.reward) > 1:
-        names += [f"{name}_mean" for name in reward_names(stage)]
+        names += [f"{name}_mean" for name in reward_names(stage.reward)]
     return [f"evaluation/{name}" for name in names]
-
-
-def _learner(learner: Learner, path: KeyPath) -> Iterator[Problem]:
-    if learner.gpus is not None and learner.gpus > 1:
-        yield Problem(
-            (*path, "gpus"),
-            f"got {learner.gpus:g}, wanted at most 1: a learner's worker uses one GPU; more of them are `workers`",
-        )
 
 
 def _models(stage: Stage) -> list[tuple[KeyPath, Section]]:
     """The sections of a stage that name a model."""
     found: list[tuple[KeyPath, Section]] = [(("policy",), stage.policy)]
-    if isinstance(stage, Ppo):
-        if stage.critic is not None:
-            found.append((("critic",), stage.critic))
+    if isinstance(stage, Ppo) and stage.critic is not None:
+        found.append((("critic",), stage.critic))
+    if isinstance(stage, Ppo | Dpo):
         found.append((("reference",), stage.reference))
-        found += [
-            (("reward", position), reward)
-            for position, reward in enumerate(stage.reward)
-            if not isinstance(reward, FunctionReward)
-        ]
+    found += [
+        (("reward", position), reward)
+        for position, reward in enumerate(rewards_of(stage))
+        if not isinstance(reward, FunctionReward)
+    ]
     return found
 
 
@@ -218,7 +205,7 @@ def _model(pipeline: Pipeline, index: int, path: KeyPath, section: Section) -> I
             yield from _stage_reference(pipeline, index, where, section, model.removeprefix("stage:"))
         else:
             yield from check_model_path(model, where)
-    if isinstance(section, Policy) and section.tokenizer is not None:
+    if isinstance(section, Policy | SampledPolicy) and section.tokenizer is not None:
         if isinstance(model, NewModel):
             yield Problem(
                 (*path, "tokenizer"),
@@ -297,7 +284,7 @@ def _model_warnings(stage: Stage) -> Iterator[str]:
             )
 
 
-def _steps(stage: Sft | RewardModel, path: KeyPath) -> Iterator[Problem]:
+def _steps(stage: Sft | RewardModel | Dpo, path: KeyPath) -> Iterator[Problem]:
     if stage.epochs is not None and stage.steps is not None:
         yield Problem(
             (*path, "steps"),
@@ -309,163 +296,6 @@ def _steps(stage: Sft | RewardModel, path: KeyPath) -> Iterator[Problem]:
             (*path, "batch_size"),
             f"got {stage.batch_size}, wanted at least one for each of {stage.policy.workers} policy workers",
             because=((*path, "policy", "workers"),),
-        )
-
-
-def _ppo(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
-    yield from _estimator(stage, path)
-    yield from _kl(stage, path)
-    yield from _sampling(stage, path)
-    yield from _batches(stage, path)
-    yield from _generator(stage, path)
-    lengths = stage.data.prompt_length
-    if lengths is not None:
-        where = (*path, "data", "prompt_length")
-        if lengths.min > lengths.max:
-            yield Problem(
-                (*where, "min"), f"got {lengths.min}, wanted at most `max`, {lengths.max}", ((*where, "max"),)
-            )
-        elif lengths.max > stage.data.max_prompt_tokens:
-            yield Problem(
-                (*where, "max"),
-                f"got {lengths.max}, wanted at most data.max_prompt_tokens, {stage.data.max_prompt_tokens}",
-                because=((*path, "data", "max_prompt_tokens"),),
-            )
-        if stage.data.chat_template:
-            yield Problem(
-                where,
-                "cuts plain text, so it cannot go with chat_template: true; remove one of them",
-                because=((*path, "data", "chat_template"),),
-            )
-
-
-def _estimator(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
-    estimator = stage.advantages.estimator
-    if estimator not in GROUP_ESTIMATORS:
-        return
-    cause = (*path, "advantages", "estimator")
-    if stage.critic is not None:
-        yield Problem(
-            (*path, "critic"),
-            f"got a critic, but {estimator} has none; remove it, or set advantages.estimator to gae",
-            because=(cause,),
-        )
-    if stage.sampling.samples_per_prompt < 2:
-        yield Problem(
-            (*path, "sampling", "samples_per_prompt"),
-            f"got {stage.sampling.samples_per_prompt}, wanted at least 2: {estimator} compares a prompt's samples",
-            because=(cause,),
-        )
-
-
-def _kl(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
-    kl, where = stage.kl, (*path, "kl")
-    place = stage.kl_place
-    if place == "loss" and kl.estimator == "k1":
-        yield Problem(
-            (*where, "estimator"),
-            "got k1, wanted k2 or k3: as a loss k1 has no expected gradient",
-            because=((*where, "place"), (*path, "advantages", "estimator")),
-        )
-    if place == "off" or kl.controller != "adaptive":
-        return
-    if kl.target is None:
-        yield Problem(
-            (*where, "target"),
-            "missing; the adaptive controller needs a target in nats per sequence, such as 6",
-            because=((*where, "controller"), (*where, "place")),
-        )
-    if kl.coefficient == 0:
-        yield Problem(
-            (*where, "coefficient"),
-            "got 0, wanted above 0: the adaptive controller multiplies it, so it would stay 0",
-            because=((*where, "controller"), (*where, "place")),
-        )
-    samples = stage.prompts_per_iteration * stage.sampling.samples_per_prompt
-    if samples >= 5 * kl.horizon:
-        yield Problem(
-            (*where, "horizon"),
-            f"got {kl.horizon:g}, wanted more than a fifth of an iteration's {samples} samples",
-            because=((*path, "prompts_per_iteration"), (*path, "sampling", "samples_per_prompt")),
-        )
-
-
-def _sampling(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
-    sampling, where = stage.sampling, (*path, "sampling")
-    if sampling.temperature == 0:
-        yield Problem(
-            (*where, "temperature"), "got 0, wanted above 0: greedy sampling is for evaluation (evaluation.temperature)"
-        )
-    if sampling.min_new_tokens > sampling.max_new_tokens:
-        yield Problem(
-            (*where, "min_new_tokens"),
-            f"got {sampling.min_new_tokens}, wanted at most max_new_tokens, {sampling.max_new_tokens}",
-            because=((*where, "max_new_tokens"),),
-        )
-    longest = stage.evaluation.max_new_tokens
-    if longest is not None and sampling.min_new_tokens > longest:
-        yield Problem(
-            (*path, "evaluation", "max_new_tokens"),
-            f"got {longest}, wanted at least sampling.min_new_tokens, {sampling.min_new_tokens}",
-            because=((*where, "min_new_tokens"),),
-        )
-    if "" in sampling.stop:
-        yield Problem(
-            (*where, "stop", sampling.stop.index("")), "got an empty text, wanted a string that ends responses"
-        )
-    filters = active_filters(sampling)
-    if stage.old_logprobs == "generator" and filters:
-        yield Problem(
-            (*path, "old_logprobs"),
-            f"got generator, wanted learner: with {', '.join(filters)} the generator's log-probabilities are not the "
-            "policy's",
-            because=tuple((*where, name) for name in filters),
-        )
-
-
-def _batches(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
-    samples = stage.prompts_per_iteration * stage.sampling.samples_per_prompt
-    sizes = ((*path, "prompts_per_iteration"), (*path, "sampling", "samples_per_prompt"))
-    product = f"{stage.prompts_per_iteration} prompts x {stage.sampling.samples_per_prompt} samples"
-    if stage.mini_batches > samples:
-        yield Problem(
-            (*path, "mini_batches"),
-            f"got {stage.mini_batches}, wanted at most the samples of an iteration, {samples} ({product})",
-            because=sizes,
-        )
-        return
-    for role, learner in learners(stage):
-        if isinstance(learner, Critic) and learner.kind == "value_head":
-            continue
-        if learner.workers > samples // stage.mini_batches:
-            yield Problem(
-                (*path, *role, "workers"),
-                f"got {learner.workers}, but a mini-batch has only {samples // stage.mini_batches} samples "
-                f"({product} / {stage.mini_batches} mini-batches); wanted at least one for each worker",
-                because=(*sizes, (*path, "mini_batches")),
-            )
-
-
-def _generator(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
-    generator, where = stage.generator, (*path, "generator")
-    if generator.tensor_parallel == 1:
-        if generator.gpus is not None and generator.gpus > 1:
-            yield Problem(
-                (*where, "gpus"),
-                f"got {generator.gpus:g}, wanted at most 1 unless tensor_parallel shares the model among them",
-                because=((*where, "tensor_parallel"),),
-            )
-    elif generator.engine == "hf":
-        yield Problem(
-            (*where, "tensor_parallel"),
-            f"got {generator.tensor_parallel}, wanted 1: the hf engine uses one device",
-            because=((*where, "engine"),),
-        )
-    elif generator.gpus is not None and generator.gpus != generator.tensor_parallel:
-        yield Problem(
-            (*where, "tensor_parallel"),
-            f"got {generator.tensor_parallel}, but each worker has gpus: {generator.gpus:g}; wanted the same number",
-            because=((*where, "gpus"),),
         )
 
 
@@ -484,7 +314,7 @@ def _context(pipeline: Pipeline, index: int) -> Iterator[Problem]:
         model = pipeline.stages[maker].policy.model
     if not isinstance(model, NewModel) or maker == index:
         return
-    if not isinstance(stage, Ppo):
+    if not isinstance(stage, Ppo | Collect):
         if stage.data.max_length > model.max_length:
             yield Problem(
                 (*path, "data", "max_length"),
@@ -503,23 +333,3 @@ def _context(pipeline: Pipeline, index: int) -> Iterator[Problem]:
             f"holds {model.max_length} (max_length in its stage); lower one of them",
             because=((*path, *name.split(".")), *seen, (*seen[-1], "max_length")),
         )
-
-
-def _rewards(stage: Ppo, path: KeyPath, pipeline_dir: Path) -> Iterator[Problem]:
-    names = reward_names(stage)
-    for position, reward in enumerate(stage.reward):
-        where = (*path, "reward", position)
-        if names[position] in names[:position]:
-            yield Problem(
-                (*where, "name"),
-                f"got {names[position]!r}, the name of another reward too; give each a `name` of its own",
-                because=((*path, "reward"),),
-            )
-        if reward.name is not None and not _NAME.fullmatch(reward.name):
-            yield Problem(
-                (*where, "name"), f"got {reward.name!r}, wanted letters, digits, `_` and `-`: it names metrics"
-            )
-        if reward.weight == 0:
-            yield Problem((*where, "weight"), "got 0, so this reward has no effect; remove it or give it a weight")
-        if isinstance(reward, FunctionReward):
-            yield from check_function(reward, where, pipeline_dir)

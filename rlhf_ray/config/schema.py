@@ -89,6 +89,23 @@ class CriticOptimizer(Optimizer):
     """Peak learning rate."""
 
 
+class Lora(Section):
+    """A low-rank adapter (arXiv:2106.09685) that is trained instead of the whole network."""
+
+    rank: Count = 16
+    """Rank of the adapter's matrices."""
+    alpha: Positive = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: DecayRate = 0.0
+    """Dropout on the adapter's input while training; of every method, also where `dropout` is off."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; unset: all but the output layer."""
+    quantise: Literal["none", "nf4"] = "none"
+    """nf4: the base's weights in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
+    result: Literal["merged", "adapter"] = "merged"
+    """What the stage leaves in `model/`: a whole model, or a peft adapter directory."""
+
+
 class Learner(Workers):
     """A network trained by DeepSpeed."""
 
@@ -110,6 +127,8 @@ class Learner(Workers):
     16384 on GPU."""
     micro_batch_sequences: Count | None = None
     """Most sequences in one forward pass; unset: the token budget alone decides."""
+    lora: Lora | None = None
+    """Train an adapter on the frozen network; unset: train the whole network."""
     optimizer: Optimizer = Optimizer()
     """Optimizer of this network."""
 
@@ -119,6 +138,22 @@ class Policy(Learner):
 
     model: str | NewModel
     """Hugging Face directory, hub name, `stage:NAME` for the result of an earlier stage, or a fresh model."""
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer; unset: the model's own."""
+
+    @property
+    def tokenizer_revision(self) -> str | None:
+        """The tokenizer's revision: the model's, where it is the model's own."""
+        return None if self.tokenizer else self.revision
+
+
+class SampledPolicy(Section):
+    """The network that responses are sampled from."""
+
+    model: str
+    """Hugging Face directory, hub name, or `stage:NAME` for the result of an earlier stage."""
+    revision: str | None = None
+    """Revision of a hub model: branch, tag or commit."""
     tokenizer: str | None = None
     """Directory or hub name of the tokenizer; unset: the model's own."""
 
@@ -167,6 +202,9 @@ class Reference(Workers):
     """Unset: the policy's initial model."""
     revision: str | None = None
     """Revision of a hub model."""
+    adapter_off: StrictBool | None = None
+    """With policy.lora: the reference is the policy's own network with the adapter switched off, and no weights are
+    held for it. Unset: so where the policy has an adapter and `model` is unset."""
     dtype: DType = "float32"
     """Type of the weights."""
     micro_batch_tokens: Count | None = None
@@ -177,7 +215,7 @@ class _Reward(Workers):
     name: str | None = None
     """Name in the metrics (`reward/<name>_mean`); unset: the kind."""
     weight: Number = 1.0
-    """Factor of this score in the sum."""
+    """Factor of this score in the sum; 0: the score is reported only."""
 
 
 class ModelReward(_Reward):
@@ -244,7 +282,7 @@ class Source(Section):
 
     path: str
     """JSONL, JSONL.gz, Parquet or CSV file, a `datasets` directory, a hub name, `synthetic:reviews` or
-    `synthetic:preferences`."""
+    `synthetic:preferences`, or `stage:NAME` for what an earlier collect stage wrote."""
     split: str = "train"
     """Split of a hub name, a `datasets` directory or a synthetic corpus."""
     subset: str | None = None
@@ -439,6 +477,43 @@ class PreferenceEvaluation(Section):
     """Optimizer steps between evaluations; 0: only first and last."""
 
 
+class DpoEvaluation(PreferenceEvaluation):
+    """Evaluation on held-out pairs, and of samples where there is a generator."""
+
+    prompts: Count = 128
+    """Prompts of the held-out pairs that responses are sampled for."""
+    temperature: NonNegative = 0.0
+    """Softmax temperature of those samples; 0 is greedy."""
+    max_new_tokens: Count = 128
+    """Longest response."""
+
+
+class PreferenceLoss(Section):
+    """The loss of DPO and its relatives."""
+
+    kind: Literal["sigmoid", "ipo", "simpo", "orpo"] = "sigmoid"
+    """sigmoid (DPO) and ipo hold the policy to a reference; simpo and orpo have none."""
+    beta: Positive = 0.1
+    """Strength of the reference (sigmoid, ipo), or scale of the rewards (simpo)."""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the preferences taken to be the wrong way round (sigmoid)."""
+    gamma: NonNegative = 0.5
+    """By how much the chosen reward is to be above the rejected one (simpo)."""
+    odds_coefficient: Positive = 0.1
+    """Weight of the odds ratio beside the chosen answers' likelihood (orpo)."""
+    nll_coefficient: NonNegative = 0.0
+    """Weight of the chosen answers' negative log-likelihood per token, added to the loss."""
+
+
+class PairScoring(Section):
+    """What the reward actors' scores do to the training pairs."""
+
+    min_margin: NonNegative | None = None
+    """Drop pairs whose chosen answer scores less than this above the rejected one."""
+    relabel: StrictBool = False
+    """Exchange chosen and rejected where the rejected answer scores higher; before min_margin."""
+
+
 class Advantages(Section):
     """How advantages are estimated."""
 
@@ -621,6 +696,11 @@ class Ppo(Section):
     """Checkpoints."""
 
     @property
+    def adapter_is_off_in_reference(self) -> bool:
+        """Whether the policy's own network with its adapter off is the reference, the default resolved."""
+        return _adapter_off(self.policy, self.reference)
+
+    @property
     def kl_place(self) -> Literal["reward", "loss", "off"]:
         """Where the KL term stands, the default resolved."""
         return self.kl.place or ("loss" if self.advantages.estimator == "reinforce_baseline" else "reward")
@@ -658,7 +738,103 @@ class Ppo(Section):
         return self.critic or Critic()
 
 
-Stage = Annotated[Sft | RewardModel | Ppo, Field(discriminator="method")]
+class Dpo(Section):
+    """Direct preference optimization, and its relatives."""
+
+    name: str = "dpo"
+    """Name of the stage and of its folder."""
+    method: Literal["dpo"]
+    """Learning from preferences without a reward model."""
+    policy: Policy
+    """The network that is trained."""
+    data: PreferenceData
+    """Preferences."""
+    epochs: Positive | None = None
+    """Passes over the data; 1 where neither epochs nor steps is given."""
+    steps: Count | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: Count = 32
+    """Pairs per optimizer step, over all workers."""
+    packing: StrictBool | None = None
+    """Put several answers in one row, without attention between them; off: rows of similar length side by side.
+    Unset: on where there is a GPU; on a CPU side by side is faster."""
+    dropout: StrictBool = False
+    """Keep the model's dropout switched on while training."""
+    loss: PreferenceLoss = PreferenceLoss()
+    """The loss."""
+    reference: Reference = Reference()
+    """The frozen network of the loss."""
+    cache: StrictBool = True
+    """Keep the reference's log-probabilities on disk, so that another pass, run or beta finds them."""
+    cache_dir: str | None = None
+    """Folder of that cache; unset: $RLHF_RAY_CACHE, else ~/.cache/rlhf_ray."""
+    reward: tuple[Reward, ...] = ()
+    """Scorers of the training pairs (see `pairs`) and of the evaluation's samples; none is needed."""
+    pairs: PairScoring = PairScoring()
+    """What the scores do to the training pairs."""
+    generator: Generator | None = None
+    """Engines that sample responses to held-out prompts in each evaluation; unset: nothing is sampled."""
+    evaluation: DpoEvaluation = DpoEvaluation()
+    """Evaluation."""
+    checkpoints: Checkpoints = Checkpoints()
+    """Checkpoints."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads a reference."""
+        return self.loss.kind in ("sigmoid", "ipo")
+
+    @property
+    def adapter_is_off_in_reference(self) -> bool:
+        """Whether the policy's own network with its adapter off is the reference, the default resolved."""
+        return _adapter_off(self.policy, self.reference)
+
+
+class Collect(Section):
+    """Preferences or texts sampled from a policy and chosen by their scores."""
+
+    name: str = "collect"
+    """Name of the stage and of its folder."""
+    method: Literal["collect"]
+    """Samples responses, scores them, and writes pairs or texts as Parquet."""
+    policy: SampledPolicy
+    """The network that is sampled."""
+    generator: Generator = Generator()
+    """The engines that sample."""
+    reward: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    """One or more scorers; a response's score is their weighted sum."""
+    data: PromptData
+    """Prompts."""
+    sampling: Sampling = Sampling(samples_per_prompt=4)
+    """How responses are sampled."""
+    prompts: Count | None = None
+    """Prompts to sample responses for; unset: each one of the data once."""
+    prompts_per_batch: Count = 64
+    """Prompts sampled and written at a time; what is written is not sampled again after a stop."""
+    keep: Literal["best_worst", "threshold", "best_of_n", "resample"] = "best_worst"
+    """best_worst: a pair of each prompt's best and worst response; threshold: every pair of its responses that differs
+    by min_margin; best_of_n: the best response as a text; resample: texts drawn with weights exp(score / beta)."""
+    min_margin: NonNegative = 0.0
+    """Smallest difference of the scores in a pair; pairs of equal scores are never kept (best_worst, threshold)."""
+    max_pairs: Count = 4
+    """Most pairs of one prompt, those that differ most (threshold)."""
+    beta: Positive = 1.0
+    """Temperature of the weights: the coefficient of the KL-regularised objective (resample)."""
+    draws: Count = 1
+    """Texts drawn for each prompt, with replacement (resample)."""
+    unfinished: Literal["drop", "keep"] = "drop"
+    """What becomes of responses that the length limit cut."""
+    checkpoints: Checkpoints = Checkpoints(every=1)
+    """Checkpoints."""
+
+
+def _adapter_off(policy: Policy, reference: Reference) -> bool:
+    if reference.adapter_off is not None:
+        return reference.adapter_off
+    return policy.lora is not None and reference.model is None
+
+
+Stage = Annotated[Sft | RewardModel | Ppo | Dpo | Collect, Field(discriminator="method")]
 
 
 # ------------------------------------------------------------------------------------- pipeline

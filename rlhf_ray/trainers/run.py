@@ -286,7 +286,7 @@ class StageRun:
         self._recorder = recorder
         self._settings = result_settings(stage, seed=seed)
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=stage.checkpoints.keep)
-        self._unit: Unit = "iteration" if stage.method == "ppo" else "step"
+        self._unit: Unit = "iteration" if stage.method in ("ppo", "collect") else "step"
         self._view = view or open_view(stage.name, total, recorder, unit=self._unit)
         self._stop = _StopRequest(self._on_stop)
         self._log: MetricLog | None = None

@@ -14,7 +14,7 @@ from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.objectives import LanguageObjective
 
 
-def total_steps(config: schema.Sft | schema.RewardModel, data: TextSet | PreferenceSet) -> int:
+def total_steps(config: schema.Sft | schema.RewardModel | schema.Dpo, data: TextSet | PreferenceSet) -> int:
     """Optimizer steps of the whole stage."""
     if config.steps is not None:
         return config.steps

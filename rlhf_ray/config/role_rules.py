@@ -1,0 +1,86 @@
+"""Rules of the roles that several methods have: learners, generators, scorers, and how they sample."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rlhf_ray.config.paths import check_function
+from rlhf_ray.config.problems import KeyPath, Problem
+from rlhf_ray.config.schema import FunctionReward, Generator, Learner, Reward, Sampling
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""What names a folder or a metric."""
+
+
+def reward_names(rewards: Sequence[Reward]) -> list[str]:
+    """The scorers' names in the metrics, in order."""
+    return [reward.name or reward.kind for reward in rewards]
+
+
+def active_filters(sampling: Sampling) -> list[str]:
+    """The sampling settings in use under which a token's probability is not the policy's own."""
+    active = {
+        "top_k": sampling.top_k > 0,
+        "top_p": sampling.top_p < 1,
+        "min_p": sampling.min_p > 0,
+        "repetition_penalty": sampling.repetition_penalty != 1,
+        "min_new_tokens": sampling.min_new_tokens > 0,
+    }
+    return [name for name, on in active.items() if on]
+
+
+def learner_rules(learner: Learner, path: KeyPath) -> Iterator[Problem]:
+    """What a learner cannot be."""
+    if learner.gpus is not None and learner.gpus > 1:
+        yield Problem(
+            (*path, "gpus"),
+            f"got {learner.gpus:g}, wanted at most 1: a learner's worker uses one GPU; more of them are `workers`",
+        )
+
+
+def generator_rules(generator: Generator, where: KeyPath) -> Iterator[Problem]:
+    """What an engine cannot be."""
+    if generator.tensor_parallel == 1:
+        if generator.gpus is not None and generator.gpus > 1:
+            yield Problem(
+                (*where, "gpus"),
+                f"got {generator.gpus:g}, wanted at most 1 unless tensor_parallel shares the model among them",
+                because=((*where, "tensor_parallel"),),
+            )
+    elif generator.engine == "hf":
+        yield Problem(
+            (*where, "tensor_parallel"),
+            f"got {generator.tensor_parallel}, wanted 1: the hf engine uses one device",
+            because=((*where, "engine"),),
+        )
+    elif generator.gpus is not None and generator.gpus != generator.tensor_parallel:
+        yield Problem(
+            (*where, "tensor_parallel"),
+            f"got {generator.tensor_parallel}, but each worker has gpus: {generator.gpus:g}; wanted the same number",
+            because=((*where, "gpus"),),
+        )
+
+
+def scorer_rules(rewards: Sequence[Reward], path: KeyPath, *, pipeline_dir: Path) -> Iterator[Problem]:
+    """What scorers cannot be; `path` is that of their list."""
+    names = reward_names(rewards)
+    for position, reward in enumerate(rewards):
+        where = (*path, position)
+        if names[position] in names[:position]:
+            yield Problem(
+                (*where, "name"),
+                f"got {names[position]!r}, the name of another reward too; give each a `name` of its own",
+                because=(path,),
+            )
+        if reward.name is not None and not NAME.fullmatch(reward.name):
+            yield Problem(
+                (*where, "name"), f"got {reward.name!r}, wanted letters, digits, `_` and `-`: it names metrics"
+            )
+        if isinstance(reward, FunctionReward):
+            yield from check_function(reward, where, pipeline_dir)
+    if rewards and all(reward.weight == 0 for reward in rewards):
+        yield Problem(
+            (*path, 0, "weight"), "got 0 for every reward, so there is none; wanted a weight for one at least"
+        )

@@ -37,6 +37,7 @@ from transformers import (
 from rlhf_ray.config.schema import NewModel
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.lora import ADAPTER_CONFIG
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -320,6 +321,11 @@ def _plain_words(name: str, revision: str | None, what: str) -> Iterator[None]:
     if name.startswith((".", "/", "~")) or path.exists() or name.count("/") > 1:
         if not path.is_dir():
             raise ConfigError(f"{name}: no such directory; wanted a Hugging Face {what} directory or a hub name")
+        if what == "model" and (path / ADAPTER_CONFIG).is_file():
+            raise ConfigError(
+                f"{name}: a peft adapter directory; wanted a whole model: merge it into its base "
+                "(`lora.result: merged` where a stage made it)"
+            )
         if what == "model" and not (path / "config.json").is_file():
             raise ConfigError(f"{name}: no config.json in this directory; wanted a Hugging Face model directory")
     try:

@@ -17,6 +17,7 @@ from rlhf_ray.config.schema import (
     NewModel,
     Pipeline,
     Ppo,
+    Reference,
     Reward,
     Source,
     Stage,
@@ -54,7 +55,7 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
     for split in ("train", "evaluation"):
         yield from _silent_sources(getattr(stage.data, split) or (), f"data.{split}")
     if isinstance(stage, Ppo | Dpo):
-        yield from _silent_revision("reference", stage.reference.model)
+        yield from _silent_reference(stage)
     for position, reward in enumerate(rewards_of(stage)):
         if not isinstance(reward, FunctionReward):
             yield from _silent_revision(f"reward.{position}", reward.model)
@@ -84,6 +85,16 @@ def _silent_revision(role: str, model: str | NewModel | None) -> Iterator[_Silen
         yield [f"{role}.revision"], "on the result of a stage", causes
     elif is_local(model) or Path(model).is_dir():
         yield [f"{role}.revision"], f"on a local directory ({model})", causes
+
+
+def _silent_reference(stage: Ppo | Dpo) -> Iterator[_Silent]:
+    yield from _silent_revision("reference", stage.reference.model)
+    if stage.policy.lora is None:
+        yield ["reference.adapter_off"], "without policy.lora", ["policy.lora"]
+    elif stage.adapter_is_off_in_reference:
+        keys = [f"reference.{key}" for key in Reference.model_fields if key not in ("adapter_off", "model", "revision")]
+        reason = "while the reference is the policy's network with its adapter off (reference.adapter_off: false)"
+        yield keys, reason, ["reference.adapter_off", "policy.lora"]
 
 
 def _silent_sources(sources: Sequence[Source], key: str) -> Iterator[_Silent]:

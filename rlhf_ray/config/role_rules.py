@@ -8,10 +8,13 @@ from pathlib import Path
 
 from rlhf_ray.config.paths import check_function
 from rlhf_ray.config.problems import KeyPath, Problem
-from rlhf_ray.config.schema import FunctionReward, Generator, Learner, Reward, Sampling
+from rlhf_ray.config.schema import Dpo, FunctionReward, Generator, Learner, Ppo, Reward, Sampling
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """What names a folder or a metric."""
+
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM makes room for; an adapter of another rank gets the next one."""
 
 
 def reward_names(rewards: Sequence[Reward]) -> list[str]:
@@ -60,6 +63,26 @@ def generator_rules(generator: Generator, where: KeyPath) -> Iterator[Problem]:
             (*where, "tensor_parallel"),
             f"got {generator.tensor_parallel}, but each worker has gpus: {generator.gpus:g}; wanted the same number",
             because=((*where, "gpus"),),
+        )
+
+
+def adapter_rules(stage: Ppo | Dpo, path: KeyPath) -> Iterator[Problem]:
+    """What an adapter cannot be for the engines and the reference beside it."""
+    lora = stage.policy.lora
+    if lora is None:
+        return
+    if stage.reference.adapter_off and stage.reference.model is not None:
+        yield Problem(
+            (*path, "reference", "adapter_off"),
+            f"got true, but reference.model is a network of its own ({stage.reference.model}); remove one of them",
+            because=((*path, "reference", "model"),),
+        )
+    generator = stage.generator
+    if generator is not None and generator.engine == "vllm" and lora.rank > ADAPTER_RANKS[-1]:
+        yield Problem(
+            (*path, "policy", "lora", "rank"),
+            f"got {lora.rank}, wanted at most {ADAPTER_RANKS[-1]}, which is all that vLLM takes",
+            because=((*path, "generator", "engine"),),
         )
 
 

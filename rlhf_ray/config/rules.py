@@ -15,7 +15,15 @@ from rlhf_ray.config.effects import generator_of, learners, rewards_of, without_
 from rlhf_ray.config.paths import check_model_path, check_source, is_local
 from rlhf_ray.config.ppo_rules import ppo_rules
 from rlhf_ray.config.problems import KeyPath, Problem, is_set, suggestion
-from rlhf_ray.config.role_rules import NAME, active_filters, generator_rules, learner_rules, reward_names, scorer_rules
+from rlhf_ray.config.role_rules import (
+    NAME,
+    active_filters,
+    adapter_rules,
+    generator_rules,
+    learner_rules,
+    reward_names,
+    scorer_rules,
+)
 from rlhf_ray.config.schema import (
     ClassifierReward,
     Collect,
@@ -56,6 +64,8 @@ def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
         generator = generator_of(stage)
         if generator is not None:
             problems += generator_rules(generator, (*path, "generator"))
+        if isinstance(stage, Ppo | Dpo):
+            problems += adapter_rules(stage, path)
         match stage:
             case Ppo():
                 problems += ppo_rules(stage, path)

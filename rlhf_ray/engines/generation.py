@@ -62,7 +62,8 @@ class GenerationEngine(Protocol):
     ) -> list[ReceivedWeights]:
         """Takes a transfer of weights and loads them; one result per receiver.
 
-        The prefix cache is not touched: `reset_prefix_cache` comes next.
+        An engine that was told of an adapter takes the adapter's tensors alone. The prefix cache is not touched:
+        `reset_prefix_cache` comes next.
 
         Args:
             first_rank: rank of this engine's first receiver in the transfer.

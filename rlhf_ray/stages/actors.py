@@ -75,7 +75,10 @@ class Actors:
         self._started: list[RayGroup[Any]] = []
 
     def generator(self, settings: schema.Generator, *, max_length: int) -> RayGroup[Generator]:
-        """Engines with the policy's initial weights, for prompt and response of max_length tokens together."""
+        """Engines with the policy's initial weights, for prompt and response of max_length tokens together.
+
+        Where the policy trains an adapter, they take that alone.
+        """
         share = self._placement.share("generator").gpus
         # Roles that share a GPU share its memory: an engine takes memory_share of its own part.
         part = share if 0 < share < 1 else 1.0
@@ -88,6 +91,7 @@ class Actors:
             tokenizer=self._tokenizer,
             max_model_len=max_length,
             seed=self._site.config.seed,
+            lora=policy.lora if isinstance(policy := self._stage.policy, schema.Learner) else None,
         )
 
     def learner(

@@ -29,6 +29,7 @@ from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum
 from rlhf_ray.trainers.metrics import experience_metrics, prefixed, rollout_metrics
+from rlhf_ray.trainers.reference import reference_logprobs
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
@@ -45,7 +46,7 @@ class PpoGroups:
 
     Args:
         critic: the policy group itself where the value head sits on the policy's trunk; None for the group estimators.
-        reference: None where the KL term is off.
+        reference: None where the KL term is off, or where the policy with its adapter off is the reference.
         rewards: one group for each scorer, by its name in the metrics.
     """
 
@@ -136,7 +137,11 @@ def gather_judgements(
     temperature = config.sampling.temperature
     sequences = rollouts.sequences
     scores = [group.split(RewardScorer.score, rollouts) for group in groups.rewards.values()]
-    reference = groups.reference and groups.reference.split(ReferenceScorer.logprobs, sequences, temperature)
+    reference = (
+        None
+        if config.kl_place == "off"
+        else reference_logprobs(groups.reference, groups.policy, sequences, temperature)
+    )
     recompute = config.old_logprobs == "learner"
     old = groups.policy.split(Learner.logprobs, sequences) if recompute else None
     values = groups.critic and groups.critic.split(Learner.values, sequences)

@@ -49,9 +49,11 @@ class Generator:
         tokenizer: directory or hub name of the tokenizer.
         max_model_len: most tokens of a prompt and its response together.
         seed: the run's seed.
+        lora: the policy's adapter, where it is synced alone; its engine holds the frozen rest.
 
     Raises:
-        ConfigError: the engine cannot run this model, or the model's sequences are shorter than max_model_len.
+        ConfigError: the engine cannot run this model or adapter, or the model's sequences are shorter than
+            max_model_len.
     """
 
     def __init__(
@@ -64,14 +66,16 @@ class Generator:
         tokenizer: str,
         max_model_len: int,
         seed: int,
+        lora: schema.Lora | None = None,
     ) -> None:
         self.place = place
         self.seed = seed
         self.version = 0
         engine = VllmEngine if config.engine == "vllm" else HfEngine
         self.engine: GenerationEngine = engine(
-            config=config, model=model, revision=revision, tokenizer=tokenizer, max_model_len=max_model_len
+            config=config, model=model, revision=revision, tokenizer=tokenizer, max_model_len=max_model_len, lora=lora
         )
+        self._adapter = lora is not None
         self._probe_prompts = probe_prompts(
             self.engine.vocab_size, block=self.engine.cache_block, max_model_len=self.engine.max_model_len
         )
@@ -121,7 +125,8 @@ class Generator:
 
     def endpoint(self) -> Endpoint:
         """Where this worker stands."""
-        return this_endpoint(gpus=self.engine.receivers)
+        # An adapter is small and goes through files, so its way need not begin on a GPU.
+        return this_endpoint(gpus=0 if self._adapter else self.engine.receivers, receivers=self.engine.receivers)
 
     def receive_weights(self, spec: TransportSpec, version: int) -> list[ReceivedWeights]:
         """Takes the weights that a learner sends meanwhile; one result for each tensor-parallel worker.

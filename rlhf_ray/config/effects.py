@@ -72,6 +72,8 @@ def _silent_learner(role: str, learner: Learner) -> Iterator[_Silent]:
     if learner.optimizer.schedule == "constant":
         cause = f"{role}.optimizer.schedule"
         yield [f"{role}.optimizer.final_ratio"], f"while {cause} is constant", [cause]
+    if isinstance(learner, Critic) and learner.lora is not None:
+        yield [f"{role}.lora.result"], "on a critic, which is no result of its stage", []
     yield from _silent_revision(role, learner.model)
 
 

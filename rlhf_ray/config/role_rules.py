@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlhf_ray.config.paths import check_function
 from rlhf_ray.config.problems import KeyPath, Problem
-from rlhf_ray.config.schema import Dpo, FunctionReward, Generator, Learner, Ppo, Reward, Sampling
+from rlhf_ray.config.schema import Dpo, FunctionReward, Generator, Learner, Lora, Policy, Ppo, Reward, Sampling
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """What names a folder or a metric."""
@@ -40,6 +41,26 @@ def learner_rules(learner: Learner, path: KeyPath) -> Iterator[Problem]:
         yield Problem(
             (*path, "gpus"),
             f"got {learner.gpus:g}, wanted at most 1: a learner's worker uses one GPU; more of them are `workers`",
+        )
+    if learner.lora is not None and learner.lora.quantise == "nf4":
+        yield from _four_bits(learner, learner.lora, path)
+
+
+def _four_bits(learner: Learner, lora: Lora, path: KeyPath) -> Iterator[Problem]:
+    where = (*path, "lora", "quantise")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield Problem(where, "got nf4, but the bitsandbytes package is not installed; pip install bitsandbytes")
+    if learner.gpus == 0:
+        yield Problem(where, "got nf4, which needs a GPU, but gpus is 0", because=((*path, "gpus"),))
+    if learner.zero == 3:
+        yield Problem(
+            where, "got nf4, wanted none, or zero 0 to 2: ZeRO 3 cannot share 4-bit weights", because=((*path, "zero"),)
+        )
+    if isinstance(learner, Policy) and lora.result == "merged":
+        yield Problem(
+            (*path, "lora", "result"),
+            "got merged, wanted adapter: it is trained on weights in 4 bits, which no whole model has",
+            because=(where,),
         )
 
 
@@ -78,6 +99,12 @@ def adapter_rules(stage: Ppo | Dpo, path: KeyPath) -> Iterator[Problem]:
             because=((*path, "reference", "model"),),
         )
     generator = stage.generator
+    if generator is not None and lora.quantise == "nf4":
+        yield Problem(
+            (*path, "policy", "lora", "quantise"),
+            "got nf4, wanted none: the generator's weights are not in 4 bits, so it would sample from another network",
+            because=((*path, "generator"),),
+        )
     if generator is not None and generator.engine == "vllm" and lora.rank > ADAPTER_RANKS[-1]:
         yield Problem(
             (*path, "policy", "lora", "rank"),

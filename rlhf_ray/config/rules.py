@@ -266,6 +266,14 @@ def _stage_reference(pipeline: Pipeline, index: int, where: KeyPath, section: Se
         yield Problem(where, f"got 'stage:{name}', {text}", because=others)
     else:
         made_by = pipeline.stages[names.index(name)]
+        lora = made_by.policy.lora if isinstance(made_by.policy, Policy) else None
+        if lora is not None and lora.result == "adapter":
+            yield Problem(
+                where,
+                f"got 'stage:{name}', which leaves an adapter, not a whole model; set {name}.policy.lora.result to "
+                "merged",
+                because=(("stages", names.index(name), "policy", "lora", "result"),),
+            )
         scores = isinstance(made_by, RewardModel)
         may_score = isinstance(section, ModelReward) or isinstance(pipeline.stages[index], RewardModel)
         if isinstance(section, ModelReward) and not scores:

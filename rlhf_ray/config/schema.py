@@ -98,12 +98,14 @@ class Lora(Section):
     """The adapter's output is scaled by alpha / rank."""
     dropout: DecayRate = 0.0
     """Dropout on the adapter's input while training; of every method, also where `dropout` is off."""
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; unset: all but the output layer."""
     quantise: Literal["none", "nf4"] = "none"
-    """nf4: the base's weights in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
+    """nf4: the base's weights in 4 bits (QLoRA), for methods without a generator; needs a GPU, bitsandbytes, ZeRO 0 to
+    2 and `result: adapter`, which belongs to the base in 4 bits."""
     result: Literal["merged", "adapter"] = "merged"
-    """What the stage leaves in `model/`: a whole model, or a peft adapter directory."""
+    """What the stage leaves in `model/`: a whole model, or a peft adapter directory, which no later stage can start
+    from."""
 
 
 class Learner(Workers):

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -78,22 +79,34 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         )
 
 
-def load_causal_lm(name: str, revision: str | None = None, dtype: DTypeName = "float32") -> PreTrainedModel:
+def load_causal_lm(
+    name: str, revision: str | None = None, dtype: DTypeName = "float32", *, in_4_bits: bool = False
+) -> PreTrainedModel:
     """A causal language model in evaluation mode on the CPU; every weight must come from the files.
+
+    Args:
+        dtype: type of the weights; of the computation, where they are in 4 bits.
+        in_4_bits: linear layers but the output's in 4 bits (nf4), on the GPU; needs bitsandbytes.
 
     Raises:
         ConfigError: as `load_config`; or the model is of another kind, or weights are missing.
     """
-    return _load(AutoModelForCausalLM, name, revision, dtype, "causal language model")
+    return _load(AutoModelForCausalLM, name, revision, dtype, "causal language model", in_4_bits=in_4_bits)
 
 
 def load_classifier(
-    name: str, revision: str | None = None, dtype: DTypeName = "float32", num_labels: int | None = None
+    name: str,
+    revision: str | None = None,
+    dtype: DTypeName = "float32",
+    num_labels: int | None = None,
+    *,
+    in_4_bits: bool = False,
 ) -> PreTrainedModel:
     """A sequence-classification model in evaluation mode on the CPU; every weight must come from the files.
 
     Args:
         num_labels: number of outputs that it must have (1 for a reward model); None takes any.
+        in_4_bits: as for `load_causal_lm`.
 
     Raises:
         ConfigError: as `load_config`; or the model is of another kind, weights are missing, or num_labels differs.
@@ -101,27 +114,40 @@ def load_classifier(
     config = load_config(name, revision)
     if num_labels is not None and config.num_labels != num_labels:
         raise ConfigError(f"{name}: wanted a classifier with {num_labels} output(s), got {config.num_labels}")
-    return _load(AutoModelForSequenceClassification, name, revision, dtype, "sequence-classification model")
+    kind = "sequence-classification model"
+    return _load(AutoModelForSequenceClassification, name, revision, dtype, kind, in_4_bits=in_4_bits)
 
 
 def load_reward_model(
-    name: str, revision: str | None, dtype: DTypeName, tokenizer: PreTrainedTokenizerBase
+    name: str, revision: str | None, dtype: DTypeName, tokenizer: PreTrainedTokenizerBase, *, in_4_bits: bool = False
 ) -> PreTrainedModel:
     """A sequence-classification model with one logit, to be trained; from a causal language model its head is zero.
 
     Its configuration says what transformers needs to find the last token of a row: the id of the padding, or None where
     the tokenizer pads with the end-of-sequence token, which would be taken for padding.
 
+    Args:
+        dtype: type of the weights.
+        tokenizer: the one that rows are encoded with.
+        in_4_bits: as for `load_causal_lm`; the head stays as it is.
+
     Raises:
         ConfigError: as `load_config`; or the model has several outputs, or its scores are not read at the last token.
     """
     config = load_config(name, revision)
     if any("ForSequenceClassification" in architecture for architecture in config.architectures or ()):
-        model = load_classifier(name, revision, dtype, num_labels=1)
+        model = load_classifier(name, revision, dtype, num_labels=1, in_4_bits=in_4_bits)
     else:
         config.num_labels = 1
         model = _load(
-            AutoModelForSequenceClassification, name, revision, dtype, "language model", config, fresh=("score.weight",)
+            AutoModelForSequenceClassification,
+            name,
+            revision,
+            dtype,
+            "language model",
+            config,
+            fresh=("score.weight",),
+            in_4_bits=in_4_bits,
         )
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ConfigError(
@@ -257,6 +283,7 @@ def _load(
     config: PretrainedConfig | None = None,
     *,
     fresh: Sequence[str] = (),
+    in_4_bits: bool = False,
 ) -> PreTrainedModel:
     """A model whose weights all come from the files, but for those in `fresh`, which are zero where they do not."""
     quiet_transformers()
@@ -269,6 +296,7 @@ def _load(
                 config=config,
                 dtype=torch_dtype(dtype),
                 attn_implementation="sdpa",
+                **(_four_bits(dtype) if in_4_bits else {}),
                 trust_remote_code=False,
                 output_loading_info=True,
             )
@@ -285,6 +313,17 @@ def _load(
             f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
         )
     return cast(PreTrainedModel, model.eval())
+
+
+def _four_bits(dtype: DTypeName) -> dict[str, Any]:
+    """What lets from_pretrained quantise as QLoRA does (arXiv:2305.14314), which it does on the GPU."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype(dtype),
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _local(name: str) -> str:

@@ -61,11 +61,11 @@ def add_adapter(
             side.to(model.dtype)
     for name in trained:
         model.get_submodule(name).requires_grad_(True)
+    # The new layers start in training mode, where an adapter may drop out.
+    model.train(model.training)
 
 
-def adapted_layers(
-    model: PreTrainedModel, settings: schema.Lora, where: str, trained: Sequence[str] = ()
-) -> list[str]:
+def adapted_layers(model: PreTrainedModel, settings: schema.Lora, where: str, trained: Sequence[str] = ()) -> list[str]:
     """Full names of the linear layers that get an adapter; the model may be an empty one on the meta device.
 
     Raises:
@@ -199,14 +199,12 @@ def keeps_weights_transposed(model: PreTrainedModel) -> bool:
     return any(layer.fan_in_fan_out for layer in _layers(model).values())
 
 
-def check_quantise(settings: schema.Lora, device: torch.device, where: str) -> None:
-    """Raises ConfigError where the base is to be in 4 bits and bitsandbytes or the GPU for it is missing."""
-    if settings.quantise == "none":
-        return
+def check_four_bits(where: str) -> None:
+    """Raises ConfigError where a base cannot be in 4 bits: bitsandbytes or the GPU for it is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{where}: got {settings.quantise}, but bitsandbytes is not installed here")
-    if device.type != "cuda":
-        raise ConfigError(f"{where}: got {settings.quantise}, but this worker has no GPU; wanted none, or a GPU for it")
+        raise ConfigError(f"{where}: got nf4, but bitsandbytes is not installed on this worker's machine")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{where}: got nf4, but this worker has no GPU; wanted none, or a GPU for it")
 
 
 def _layers(network: nn.Module) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from rlhf_ray.models.lora import (
     adapter_off,
     adapter_weights,
     add_adapter,
+    check_four_bits,
     keeps_weights_transposed,
     merged,
     named_weights,
@@ -120,10 +121,13 @@ class Learner:
         self._base = (model, revision)
         self._sender: Sender | None = None
         self.tokenizer = load_tokenizer(model, revision) if tokenizer is None else load_tokenizer(tokenizer)
+        in_4_bits = config.lora is not None and config.lora.quantise == "nf4"
+        if in_4_bits:
+            check_four_bits(f"{place.role}.lora.quantise")
         if head == "score":
-            loaded = load_reward_model(model, revision, config.dtype, self.tokenizer)
+            loaded = load_reward_model(model, revision, config.dtype, self.tokenizer, in_4_bits=in_4_bits)
         else:
-            loaded = load_causal_lm(model, revision, config.dtype)
+            loaded = load_causal_lm(model, revision, config.dtype, in_4_bits=in_4_bits)
         check_vocabulary(model, loaded.config, self.tokenizer)
         self.device = join_process_group(rank=place.rank, size=place.size, timeout_s=timeout_s)
         # Plain attention looks at a pack as a whole: on a CPU rows of similar length side by side are faster.

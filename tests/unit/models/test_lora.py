@@ -18,7 +18,7 @@ from rlhf_ray.models.lora import (
     adapter_off,
     adapter_weights,
     add_adapter,
-    check_quantise,
+    check_four_bits,
     keeps_weights_transposed,
     merged,
     named_weights,
@@ -86,6 +86,11 @@ def test_switched_off_it_is_the_base_bit_for_bit(model_directory: Path) -> None:
     assert torch.equal(logits(model), with_adapter)
 
 
+def test_a_model_in_evaluation_mode_stays_in_it(llama_directory: Path) -> None:
+    model, _ = adapted(llama_directory, dropout=0.5)
+    assert torch.equal(logits(model), logits(model))
+
+
 def test_names_are_those_of_peft_and_of_the_base(model_directory: Path) -> None:
     model, _ = adapted(model_directory)
     wanted = get_peft_model_state_dict(model)
@@ -138,7 +143,9 @@ def test_one_merged_weight_by_hand(llama_directory: Path) -> None:
     a[0, 5] = 2.0
     b = torch.zeros(128, 1)
     b[7, 0] = 0.5
-    ((_, found),) = merged(model, [(name, torch.ones(128, 128))], {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b})
+    ((_, found),) = merged(
+        model, [(name, torch.ones(128, 128))], {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    )
     assert found[7, 5] == 4.0
     assert found.sum() == 128 * 128 + 3
 
@@ -174,13 +181,12 @@ def test_the_head_of_a_reward_model_is_trained_whole(llama_directory: Path) -> N
 
 
 def test_four_bits_need_bitsandbytes_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    check_quantise(schema.Lora(), cpu, "policy.lora.quantise")
-    settings = schema.Lora(quantise="nf4")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"policy.lora.quantise: got nf4, but bitsandbytes is not installed"):
-        check_quantise(settings, gpu, "policy.lora.quantise")
+        check_four_bits("policy.lora.quantise")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     with pytest.raises(ConfigError, match="no GPU"):
-        check_quantise(settings, cpu, "policy.lora.quantise")
-    check_quantise(settings, gpu, "policy.lora.quantise")
+        check_four_bits("policy.lora.quantise")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_four_bits("policy.lora.quantise")

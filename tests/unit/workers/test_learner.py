@@ -421,9 +421,7 @@ def learn_adapter(learner: Learner, sequences: Sequences, *, steps: int = 1, ite
     return learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=steps, iteration=iteration)
 
 
-def test_an_adapter_learns_and_the_base_stays(
-    make: MakeLearner, model_directory: Path, sequences: Sequences
-) -> None:
+def test_an_adapter_learns_and_the_base_stays(make: MakeLearner, model_directory: Path, sequences: Sequences) -> None:
     base = make(model=model_directory)
     learner = make(model=model_directory, lora=LORA, optimizer=schema.Optimizer(learning_rate=1e-2))
     wanted = base.logprobs(sequences)

@@ -121,5 +121,5 @@ def _asks_reference(stage: schema.Dpo, data: StageData, cache: ReferenceCache | 
     if cache is None:
         return True
     unknown, answers = unknown_answers(stage, cache, data.train, data.held_out, steps=run.total)
-    run.message(f"reference: {answers - unknown} of {answers} answers are in the cache {cache.folder}")
+    run.message(f"reference: {answers - unknown} of {answers} answers are in the cache {cache.folder.parent}")
     return unknown > 0 or stage.generator is not None

@@ -64,6 +64,8 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
         yield from _silent_generator(generator)
     if isinstance(stage, Ppo):
         yield from _silent_ppo(stage)
+    if isinstance(stage, Dpo):
+        yield from _silent_dpo(stage)
 
 
 def _silent_learner(role: str, learner: Learner) -> Iterator[_Silent]:
@@ -157,6 +159,31 @@ def _silent_kl(stage: Ppo) -> Iterator[_Silent]:
         yield ["reference", *own], "while kl.place is off", ["kl.place"]
     elif stage.kl.controller == "fixed":
         yield ["kl.target", "kl.horizon"], "while kl.controller is fixed", ["kl.controller"]
+
+
+def _silent_dpo(stage: Dpo) -> Iterator[_Silent]:
+    kind, cause = stage.loss.kind, ["loss.kind"]
+    for key, wanted in (("label_smoothing", "sigmoid"), ("gamma", "simpo"), ("odds_coefficient", "orpo")):
+        if kind != wanted:
+            yield [f"loss.{key}"], f"with {kind} ({wanted} only)", cause
+    if kind == "orpo":
+        yield ["loss.beta"], "with orpo, which is weighed by odds_coefficient", cause
+        yield ["loss.nll_coefficient"], "with orpo, which has the chosen answers' likelihood in it", cause
+    if not stage.needs_reference:
+        yield ["reference", "cache", "cache_dir"], f"with {kind}, which has no reference", cause
+    elif not stage.cache:
+        yield ["cache_dir"], "while cache is false", ["cache"]
+    yield ["data.columns.margin"], "in a dpo stage, whose losses read no margin", []
+    if stage.data.evaluation is None:
+        yield ["generator"], "without data.evaluation, whose prompts it samples for", ["data.evaluation"]
+    if stage.generator is None:
+        keys = ["evaluation.prompts", "evaluation.temperature", "evaluation.max_new_tokens"]
+        yield keys, "without a generator", ["generator"]
+    if not stage.reward:
+        yield ["pairs"], "without a reward", ["reward"]
+    elif not stage.scores_pairs and stage.generator is None:
+        reason = "without `pairs` settings, for which training pairs are scored, and without a generator"
+        yield ["reward"], reason, ["pairs", "generator"]
 
 
 def _silent_generator(generator: Generator) -> Iterator[_Silent]:

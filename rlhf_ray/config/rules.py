@@ -6,7 +6,7 @@ Every rule runs, and each has its own message. Nothing here opens a data file, i
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlhf_ray.config.collect_rules import collect_rules
@@ -34,6 +34,7 @@ from rlhf_ray.config.schema import (
     Pipeline,
     Policy,
     Ppo,
+    Reward,
     RewardModel,
     SampledPolicy,
     Section,
@@ -49,6 +50,8 @@ PREFERENCE_METRICS = (
     "accuracy_chosen_shorter",
     "calibration_error",
 )
+DPO_METRICS = (*PREFERENCE_METRICS, "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
+SAMPLE_METRICS = ("length_mean", "finished_share", "distinct_bigram_share")
 
 
 def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
@@ -178,16 +181,24 @@ def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
 
 
 def _evaluation_metrics(stage: Stage) -> list[str]:
-    if isinstance(stage, RewardModel | Dpo):
-        return [f"evaluation/{name}" for name in PREFERENCE_METRICS]
-    if isinstance(stage, Sft):
-        return ["evaluation/loss", "evaluation/perplexity"]
-    if isinstance(stage, Collect):
-        return []
-    names = ["reward_mean", "reward_std", "length_mean", "finished_share", "distinct_bigram_share"]
-    if len(stage.reward) > 1:
-        names += [f"{name}_mean" for name in reward_names(stage.reward)]
+    names: list[str] = []
+    match stage:
+        case RewardModel():
+            names = [*PREFERENCE_METRICS]
+        case Sft():
+            names = ["loss", "perplexity"]
+        case Ppo():
+            names = _sample_metrics(stage.reward)
+        case Dpo():
+            names = [*DPO_METRICS]
+            if stage.generator is not None:
+                names += [*_sample_metrics(stage.reward), *(("kl_k1", "kl_k3") if stage.needs_reference else ())]
     return [f"evaluation/{name}" for name in names]
+
+
+def _sample_metrics(rewards: Sequence[Reward]) -> list[str]:
+    parts = [f"{name}_mean" for name in reward_names(rewards)] if len(rewards) > 1 else []
+    return [*(("reward_mean", "reward_std") if rewards else ()), *SAMPLE_METRICS, *parts]
 
 
 def _models(stage: Stage) -> list[tuple[KeyPath, Section]]:

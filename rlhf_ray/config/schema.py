@@ -485,7 +485,7 @@ class DpoEvaluation(PreferenceEvaluation):
     prompts: Count = 128
     """Prompts of the held-out pairs that responses are sampled for."""
     temperature: NonNegative = 0.0
-    """Softmax temperature of those samples; 0 is greedy."""
+    """Softmax temperature of those samples; 0 is greedy. Their KL to the reference is unbiased above 0 only."""
     max_new_tokens: Count = 128
     """Longest response."""
 
@@ -785,6 +785,11 @@ class Dpo(Section):
     def needs_reference(self) -> bool:
         """Whether the loss reads a reference."""
         return self.loss.kind in ("sigmoid", "ipo")
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether training pairs are scored before the first step."""
+        return self.pairs.relabel or self.pairs.min_margin is not None
 
     @property
     def adapter_is_off_in_reference(self) -> bool:

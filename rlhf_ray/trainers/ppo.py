@@ -125,9 +125,24 @@ def evaluate(
     if held_out is None:
         return {}
     with run.evaluating():
-        found = evaluate_prompts(config, groups.generator, groups.rewards, held_out.all())
+        sampling = evaluation_sampling(config)
+        found = evaluate_prompts(
+            groups.generator, held_out.all(), sampling, scorers=groups.rewards, rewards=config.reward
+        )
         run.write_evaluation(found.rollouts, iteration=iteration, scores=found.scores, parts=found.parts)
     return found.metrics
+
+
+def evaluation_sampling(config: schema.Ppo) -> schema.Sampling:
+    """How an evaluation samples: lengths and stop strings are training's, filters and penalties are off."""
+    settings = config.evaluation
+    return schema.Sampling(
+        temperature=settings.temperature,
+        samples_per_prompt=settings.samples_per_prompt,
+        min_new_tokens=config.sampling.min_new_tokens,
+        max_new_tokens=settings.max_new_tokens or config.sampling.max_new_tokens,
+        stop=config.sampling.stop,
+    )
 
 
 def gather_judgements(

@@ -412,9 +412,10 @@ class StageRun:
         iteration: int,
         scores: SequenceFloat,
         parts: Mapping[str, SequenceFloat] | None = None,
+        kl: SequenceFloat | None = None,
     ) -> None:
         """Keeps the samples of the evaluation after this iteration; first and last are shown at the end."""
-        write_rollouts(self._evaluation_path(iteration), rollouts, scores=scores, parts=parts)
+        write_rollouts(self._evaluation_path(iteration), rollouts, scores=scores, parts=parts, kl=kl)
 
     def finish_iteration(self, metrics: Mapping[str, Any]) -> None:
         """Ends an iteration: logs metrics, times and rates, writes the best model and the checkpoint that are due.
@@ -624,7 +625,7 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 
 
 # Calls that pass over an iteration's tokens; the policy's rate is that of learning, not of its log-probabilities.
-_RATED = ("generate", "score", "logprobs", "update")
+_RATED = ("generate", "score", "logprobs", "answer_logprobs", "update")
 _NO_RATE = (("policy", "logprobs"),)
 
 

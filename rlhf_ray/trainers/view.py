@@ -207,8 +207,9 @@ class PlainView:
             self._print(f"{name}: {after}" if before is None else f"{name}: {before} before, {after} after")
         for pair in summary.samples:
             self._print(f"prompt: {clip(pair.prompt, 200)}")
-            self._print(f"  before ({pair.score_before:+.3f}): {clip(pair.before, 300)}")
-            self._print(f"  after  ({pair.score_after:+.3f}): {clip(pair.after, 300)}")
+            before, after = _shown_score(pair.score_before), _shown_score(pair.score_after)
+            self._print(f"  before ({before}): {clip(pair.before, 300)}")
+            self._print(f"  after  ({after}): {clip(pair.after, 300)}")
         self._print(f"model: {_shown(summary.model)}")
         if summary.best:
             self._print(f"best model: {_shown(summary.best)}")
@@ -313,10 +314,14 @@ def _sample_table(samples: Sequence[SamplePair]) -> Table:
     for pair in samples:
         table.add_row(
             Text(clip(pair.prompt, 200)),
-            Text.assemble((f"{pair.score_before:+.3f}  ", "bold yellow"), clip(pair.before, 300)),
-            Text.assemble((f"{pair.score_after:+.3f}  ", "bold green"), clip(pair.after, 300)),
+            Text.assemble((f"{_shown_score(pair.score_before)}  ", "bold yellow"), clip(pair.before, 300)),
+            Text.assemble((f"{_shown_score(pair.score_after)}  ", "bold green"), clip(pair.after, 300)),
         )
     return table
+
+
+def _shown_score(score: float) -> str:
+    return "no score" if math.isnan(score) else f"{score:+.3f}"
 
 
 def shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

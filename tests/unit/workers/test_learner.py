@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
+from rlhf_ray.algorithms.preference_losses import ChosenLoss, DpoLoss, IpoLoss, OrpoLoss, SimpoLoss
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Experience, PreferencePairs, Rollouts, Sequences, make_sequences
+from rlhf_ray.data.batches import Experience, PreferencePairs, ReferencedPairs, Rollouts, Sequences, make_sequences
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.errors import CheckpointError, ConfigError
-from rlhf_ray.models.forward import Outputs
+from rlhf_ray.models.forward import Outputs, forward
+from rlhf_ray.models.heads import LanguageModel
 from rlhf_ray.models.lora import named_weights
 from rlhf_ray.workers import learner as learner_module
 from rlhf_ray.workers.learner import Learner
@@ -28,6 +30,7 @@ from rlhf_ray.workers.objectives import (
     JointObjective,
     LanguageObjective,
     PolicyObjective,
+    PreferenceObjective,
     ValueObjective,
 )
 from rlhf_ray.workers.scorers import ModelScorer
@@ -296,6 +299,81 @@ def test_weights_carry_tied_embeddings_and_no_value_head(make: MakeLearner, gpt2
 def pairs(sequences: Sequences) -> PreferencePairs:
     rejected = make_sequences([[5, 6], [7], [8, 9, 10], [11], [12]], [[13], [14] * 9, [15, 16], [17] * 4, [18]])
     return PreferencePairs(sequences, rejected, ids=list(range(5)), margins=torch.tensor([0.0, 1.0, 0.0, 0.5, 0.0]))
+
+
+@pytest.fixture
+def referenced() -> ReferencedPairs:
+    """Eight pairs, and a reference that is not the policy."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(3, 290, (length,), generator=generator).tolist()
+
+    prompts = [draw(1, 9) for _ in range(8)]
+    chosen, rejected = (make_sequences(prompts, [draw(1, 12) for _ in prompts]) for _ in range(2))
+    pairs = PreferencePairs(chosen, rejected, ids=list(range(8)), margins=torch.zeros(8))
+    reference = [-5.7 * side.response_mask.sum(1) + torch.randn(8, generator=generator) for side in (chosen, rejected)]
+    return ReferencedPairs(pairs, *reference)
+
+
+PREFERENCE_OBJECTIVES = [
+    PreferenceObjective(DpoLoss(0.3, 0.1), ChosenLoss(0.2)),
+    PreferenceObjective(IpoLoss(0.3), None),
+    PreferenceObjective(SimpoLoss(2.0, 0.5), None),
+    PreferenceObjective(OrpoLoss(0.5), None),
+]
+
+
+def test_a_preference_loss_does_not_depend_on_micro_batches_or_packing(
+    make: MakeLearner, referenced: ReferencedPairs
+) -> None:
+    objective = PREFERENCE_OBJECTIVES[0]
+    # One step of this Adam moves a weight by -g / (|g| + 1), from which the gradient g is read.
+    plain = schema.Optimizer(learning_rate=1.0, betas=(0.0, 0.0), eps=1.0, gradient_clip=0.0)
+    runs = []
+    for pairs_at_once in (8, 3, 1):
+        for packing in (False, True):
+            learner = make(packing=packing, micro_batch_sequences=2 * pairs_at_once, optimizer=plain)
+            before = weights_of(learner).double()
+            metrics = learner.update(referenced, objective, epochs=1, mini_batches=1, iteration=1)
+            moved = before - weights_of(learner).double()
+            runs.append((metrics, moved / (1 - moved.abs())))
+    wanted, gradient = runs[0]
+    assert gradient.norm() == pytest.approx(wanted["grad_norm"], rel=1e-3)
+    assert gradient.norm() > 0.1
+    for metrics, found in runs[1:]:
+        assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+        torch.testing.assert_close(found, gradient, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("objective", PREFERENCE_OBJECTIVES, ids=lambda objective: type(objective.loss).__name__)
+def test_preference_losses_are_invariant_in_float64(
+    llama_directory: Path, referenced: ReferencedPairs, objective: PreferenceObjective
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_directory, dtype=torch.float64)
+    reference = [x.double() for x in (referenced.reference_chosen, referenced.reference_rejected)]
+    whole = ReferencedPairs(referenced.pairs, *reference)
+
+    def run(pairs_at_once: int, layout: Any) -> tuple[float, Tensor]:
+        model.zero_grad()
+        total = 0.0
+        for rows in torch.arange(8).split(pairs_at_once):
+            part = whole.select(rows.tolist())
+            outputs = forward(
+                LanguageModel(model), objective.sequences(part), layout=layout, device=torch.device("cpu")
+            )
+            loss, _ = objective(outputs, part)
+            loss.backward()
+            total += float(loss.detach())
+        return total, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    loss, gradient = run(8, "padded")
+    for pairs_at_once in (1, 3, 8):
+        for layout in ("packed", "padded"):
+            other, found = run(pairs_at_once, layout)
+            assert other == pytest.approx(loss, abs=1e-10)
+            torch.testing.assert_close(found, gradient, atol=1e-10, rtol=0)
 
 
 def test_a_reward_model_does_not_depend_on_micro_batches(make: MakeLearner, pairs: PreferencePairs) -> None:

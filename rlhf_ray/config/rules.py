@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_ray.config.collect_rules import collect_rules
+from rlhf_ray.config.collect_rules import collect_rules, collected_source_rules
 from rlhf_ray.config.dpo_rules import dpo_rules
 from rlhf_ray.config.effects import generator_of, learners, rewards_of, without_effect
 from rlhf_ray.config.paths import check_model_path, check_source, is_local
@@ -91,10 +91,12 @@ def warnings(pipeline: Pipeline) -> list[str]:
                     f"{stage.name}.correction.mode: off, though the generator runs in bfloat16; its rounding goes "
                     "uncorrected"
                 )
-            if stage.generator.workers > stage.prompts_per_iteration:
+        if isinstance(stage, Ppo | Collect):
+            at_once = stage.prompts_per_iteration if isinstance(stage, Ppo) else stage.prompts_per_batch
+            if stage.generator.workers > at_once:
                 lines.append(
-                    f"{stage.name}.generator.workers: {stage.generator.workers} engines for "
-                    f"{stage.prompts_per_iteration} prompts; some stay idle"
+                    f"{stage.name}.generator.workers: {stage.generator.workers} engines for {at_once} prompts; some "
+                    "stay idle"
                 )
     return lines
 
@@ -149,9 +151,13 @@ def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
         yield from learner_rules(learner, (*path, *key))
     for split in ("train", "evaluation"):
         for position, source in enumerate(getattr(stage.data, split) or ()):
-            yield from check_source(source, (*path, "data", split, position))
+            where = (*path, "data", split, position)
+            if source.stage is None:
+                yield from check_source(source, where)
+            else:
+                yield from collected_source_rules(pipeline, index, source, where)
     best = stage.checkpoints.best
-    if best is not None:
+    if best is not None and not isinstance(stage, Collect):
         known = _evaluation_metrics(stage)
         if stage.data.evaluation is None:
             yield Problem(
@@ -167,13 +173,11 @@ def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
             )
 
 
-def _evaluation_metrics(stage: Stage) -> list[str]:
+def _evaluation_metrics(stage: Sft | RewardModel | Ppo | Dpo) -> list[str]:
     if isinstance(stage, RewardModel | Dpo):
         return [f"evaluation/{name}" for name in PREFERENCE_METRICS]
     if isinstance(stage, Sft):
         return ["evaluation/loss", "evaluation/perplexity"]
-    if isinstance(stage, Collect):
-        return []
     names = ["reward_mean", "reward_std", "length_mean", "finished_share", "distinct_bigram_share"]
     if len(stage.reward) > 1:
         names += [f"{name}_mean" for name in reward_names(stage.reward)]
@@ -256,6 +260,9 @@ def _stage_reference(pipeline: Pipeline, index: int, where: KeyPath, section: Se
         yield Problem(where, f"got 'stage:{name}', {text}", because=others)
     else:
         made_by = pipeline.stages[names.index(name)]
+        if isinstance(made_by, Collect):
+            yield Problem(where, f"got 'stage:{name}', which makes data and no model", because=others)
+            return
         scores = isinstance(made_by, RewardModel)
         may_score = isinstance(section, ModelReward) or isinstance(pipeline.stages[index], RewardModel)
         if isinstance(section, ModelReward) and not scores:

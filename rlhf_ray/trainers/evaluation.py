@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Prompts, Rollouts
-from rlhf_ray.distributed.groups import WorkerGroup, gather
+from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather
 from rlhf_ray.shapes import SequenceFloat
 from rlhf_ray.trainers.metrics import distinct_bigram_share
 from rlhf_ray.workers.generator import Generator
@@ -39,9 +39,7 @@ def evaluate_prompts(
         stop=config.sampling.stop,
     )
     rollouts = generator.split(Generator.generate, held_out, sampling, iteration=0).result()
-    scored = gather(*(group.split(RewardScorer.score, rollouts) for group in rewards.values()))
-    parts = dict(zip(rewards, scored, strict=True))
-    scores = weighted_sum(config.reward, parts)
+    scores, parts = score_rollouts(config.reward, rewards, rollouts)
     metrics = {
         "evaluation/reward_mean": float(scores.mean()),
         "evaluation/reward_std": float(scores.std(correction=0)),
@@ -51,6 +49,35 @@ def evaluate_prompts(
     }
     metrics |= {f"evaluation/{name}_mean": float(part.mean()) for name, part in parts.items() if len(parts) > 1}
     return Evaluation(rollouts, scores, parts, metrics)
+
+
+def score_rollouts(
+    settings: tuple[schema.Reward, ...], rewards: dict[str, WorkerGroup[RewardScorer]], rollouts: Rollouts
+) -> tuple[SequenceFloat, dict[str, SequenceFloat]]:
+    """[B] weighted sums of the scorers' scores, and each scorer's own by name."""
+    scored = gather(*(group.split(RewardScorer.score, rollouts) for group in rewards.values()))
+    parts = dict(zip(rewards, scored, strict=True))
+    return weighted_sum(settings, parts), parts
+
+
+def worker_metrics(
+    memory: dict[str, Pending[list[float]]], rewards: dict[str, WorkerGroup[RewardScorer]]
+) -> dict[str, float]:
+    """Peak memory of each role's largest worker, and how many texts each scorer has cut so far.
+
+    Args:
+        memory: by role, what its workers were asked; the scorers are asked here.
+        rewards: one group for each scorer.
+    """
+    asked = memory | {f"reward/{name}": group.all(RewardScorer.memory) for name, group in rewards.items()}
+    counted = {name: group.all(RewardScorer.counts) for name, group in rewards.items()}
+    metrics = {
+        f"{role}/peak_memory_gib": max(peaks) for role, peaks in zip(asked, gather(*asked.values()), strict=True)
+    }
+    for name, workers in zip(counted, gather(*counted.values()), strict=True):
+        for what in {what for counts in workers for what in counts}:
+            metrics[f"reward/{name}_{what}"] = float(sum(counts.get(what, 0) for counts in workers))
+    return metrics
 
 
 def weighted_sum(rewards: tuple[schema.Reward, ...], parts: dict[str, SequenceFloat]) -> SequenceFloat:

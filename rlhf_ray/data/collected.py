@@ -51,8 +51,9 @@ def check_form(prompts: PromptSet) -> None:
         )
     if chats and prompts.report["cut"]:
         raise DataError(
-            f"data.train: {prompts.report['cut']} prompts of chat messages are longer than data.max_prompt_tokens and "
-            "cut, so they cannot be written as messages; raise that, or set data.too_long to drop."
+            f"data.train: {prompts.report['cut']} of {len(prompts)} prompts are chat messages longer than "
+            "data.max_prompt_tokens and cut, so they cannot be written as messages; raise that, or set data.too_long "
+            "to drop."
         )
 
 

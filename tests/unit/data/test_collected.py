@@ -75,7 +75,7 @@ CASES = {
     "bos": (byte_tokenizer(bos=True), "The film", [" was good", "bad "]),
     "special tokens": (byte_tokenizer(bos=True), "The film", [" was<s> good", "<|im_end|>bad"]),
     "special token first": (byte_tokenizer(), "The film", ["<|im_start|> good", " bad"]),
-    "spaces of the older kind": (spaced_tokenizer(), "the film", [" was good", "bad"]),
+    "spaces of the older kind": (spaced_tokenizer(), "the film", [" was good", " bad"]),
     "merges": (merging_tokenizer(["the cat sat on the mat"] * 9), "the cat", [" sat on", " sat"]),
     "chat": (byte_tokenizer(template=CHATML, eos="<|im_end|>"), CHAT, [" good", "bad<s>"]),
     "chat with bos": (byte_tokenizer(bos=True, template=BOS_CHAT), CHAT[1:2], ["good ", "bad"]),
@@ -196,7 +196,7 @@ def test_prompts_of_two_forms_and_cut_conversations_are_refused(tmp_path: Path) 
     tokenizer = byte_tokenizer(template=CHATML)
     with pytest.raises(DataError, match=r"1 of 2 prompts are chat messages .* data\.chat_template to true"):
         check_form(load(tmp_path, tokenizer, ["Hi", CHAT]))
-    with pytest.raises(DataError, match=r"1 prompts of chat messages are longer .* too_long to drop"):
+    with pytest.raises(DataError, match=r"1 of 1 prompts are chat messages .* and cut.*data\.too_long to drop"):
         check_form(load(tmp_path, tokenizer, [CHAT], max_prompt_tokens=8, too_long="cut_left"))
     check_form(load(tmp_path, tokenizer, ["Hi", CHAT], chat_template=True))
     check_form(load(tmp_path, tokenizer, ["Hello you"], max_prompt_tokens=8, too_long="cut_left"))

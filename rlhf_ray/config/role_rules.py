@@ -9,7 +9,18 @@ from pathlib import Path
 
 from rlhf_ray.config.paths import check_function
 from rlhf_ray.config.problems import KeyPath, Problem
-from rlhf_ray.config.schema import Dpo, FunctionReward, Generator, Learner, Lora, Policy, Ppo, Reward, Sampling
+from rlhf_ray.config.schema import (
+    Dpo,
+    FunctionReward,
+    Generator,
+    Learner,
+    Lora,
+    Policy,
+    Ppo,
+    PromptData,
+    Reward,
+    Sampling,
+)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """What names a folder or a metric."""
@@ -33,6 +44,44 @@ def active_filters(sampling: Sampling) -> list[str]:
         "min_new_tokens": sampling.min_new_tokens > 0,
     }
     return [name for name, on in active.items() if on]
+
+
+def sampling_rules(sampling: Sampling, where: KeyPath, *, greedy: str) -> Iterator[Problem]:
+    """What the sampling of a stage cannot be; `greedy` says why it is not temperature 0."""
+    if sampling.temperature == 0:
+        yield Problem((*where, "temperature"), f"got 0, wanted above 0: {greedy}")
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        yield Problem(
+            (*where, "min_new_tokens"),
+            f"got {sampling.min_new_tokens}, wanted at most max_new_tokens, {sampling.max_new_tokens}",
+            because=((*where, "max_new_tokens"),),
+        )
+    if "" in sampling.stop:
+        yield Problem(
+            (*where, "stop", sampling.stop.index("")), "got an empty text, wanted a string that ends responses"
+        )
+
+
+def prompt_rules(data: PromptData, path: KeyPath) -> Iterator[Problem]:
+    """What the lengths of prompts cannot be."""
+    lengths = data.prompt_length
+    if lengths is None:
+        return
+    where = (*path, "prompt_length")
+    if lengths.min > lengths.max:
+        yield Problem((*where, "min"), f"got {lengths.min}, wanted at most `max`, {lengths.max}", ((*where, "max"),))
+    elif lengths.max > data.max_prompt_tokens:
+        yield Problem(
+            (*where, "max"),
+            f"got {lengths.max}, wanted at most data.max_prompt_tokens, {data.max_prompt_tokens}",
+            because=((*path, "max_prompt_tokens"),),
+        )
+    if data.chat_template:
+        yield Problem(
+            where,
+            "cuts plain text, so it cannot go with chat_template: true; remove one of them",
+            because=((*path, "chat_template"),),
+        )
 
 
 def learner_rules(learner: Learner, path: KeyPath) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlhf_ray.config.collect_rules import collect_rules
+from rlhf_ray.config.collect_rules import collect_rules, collected_source_rules
 from rlhf_ray.config.dpo_rules import dpo_rules
 from rlhf_ray.config.effects import generator_of, learners, rewards_of, without_effect
 from rlhf_ray.config.paths import check_model_path, check_source, is_local
@@ -104,10 +104,12 @@ def warnings(pipeline: Pipeline) -> list[str]:
                     f"{stage.name}.correction.mode: off, though the generator runs in bfloat16; its rounding goes "
                     "uncorrected"
                 )
-            if stage.generator.workers > stage.prompts_per_iteration:
+        if isinstance(stage, Ppo | Collect):
+            at_once = stage.prompts_per_iteration if isinstance(stage, Ppo) else stage.prompts_per_batch
+            if stage.generator.workers > at_once:
                 lines.append(
-                    f"{stage.name}.generator.workers: {stage.generator.workers} engines for "
-                    f"{stage.prompts_per_iteration} prompts; some stay idle"
+                    f"{stage.name}.generator.workers: {stage.generator.workers} engines for {at_once} prompts; some "
+                    "stay idle"
                 )
     return lines
 
@@ -162,9 +164,13 @@ def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
         yield from learner_rules(learner, (*path, *key))
     for split in ("train", "evaluation"):
         for position, source in enumerate(getattr(stage.data, split) or ()):
-            yield from check_source(source, (*path, "data", split, position))
+            where = (*path, "data", split, position)
+            if source.stage is None:
+                yield from check_source(source, where)
+            else:
+                yield from collected_source_rules(pipeline, index, source, where)
     best = stage.checkpoints.best
-    if best is not None:
+    if best is not None and not isinstance(stage, Collect):
         known = _evaluation_metrics(stage)
         if stage.data.evaluation is None:
             yield Problem(
@@ -277,7 +283,10 @@ def _stage_reference(pipeline: Pipeline, index: int, where: KeyPath, section: Se
         yield Problem(where, f"got 'stage:{name}', {text}", because=others)
     else:
         made_by = pipeline.stages[names.index(name)]
-        lora = made_by.policy.lora if isinstance(made_by.policy, Policy) else None
+        if isinstance(made_by, Collect):
+            yield Problem(where, f"got 'stage:{name}', which makes data and no model", because=others)
+            return
+        lora = made_by.policy.lora
         if lora is not None and lora.result == "adapter":
             yield Problem(
                 where,

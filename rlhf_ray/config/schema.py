@@ -24,6 +24,8 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 DecayRate = Annotated[Number, Field(ge=0, lt=1)]
 DType = Literal["float32", "bfloat16"]
+STAGE = "stage:"
+"""What stands before a stage's name where its result is meant."""
 
 
 class Section(BaseModel):
@@ -296,6 +298,11 @@ class Source(Section):
     weight: Positive = 1.0
     """Share of this source when several are mixed: samples are drawn in proportion to the weights."""
 
+    @property
+    def stage(self) -> str | None:
+        """Name of the collect stage that writes it; None where it is there already."""
+        return self.path.removeprefix(STAGE) if self.path.startswith(STAGE) else None
+
 
 def _as_sources(value: object) -> object:
     values = value if isinstance(value, list | tuple) else [value]
@@ -437,6 +444,13 @@ class Sampling(Section):
     """Responses for each prompt."""
 
 
+class CollectSampling(Sampling):
+    """As Sampling, with responses to choose from."""
+
+    samples_per_prompt: Count = 4
+    """Responses for each prompt."""
+
+
 # -------------------------------------------------------------------------------------- methods
 
 
@@ -450,6 +464,13 @@ class Checkpoints(Section):
     best: str | None = None
     """Metric of the evaluation whose best model is kept in `best/`, such as `evaluation/reward_mean`; a name with
     `loss`, `perplexity` or `error` is minimised."""
+
+
+class CollectCheckpoints(Checkpoints):
+    """As Checkpoints, which are small here: the data themselves lie in `data/`."""
+
+    every: CountOrZero = 1
+    """Batches between checkpoints; 0: only at the end."""
 
 
 class PromptEvaluation(Section):
@@ -812,15 +833,16 @@ class Collect(Section):
     """One or more scorers; a response's score is their weighted sum."""
     data: PromptData
     """Prompts."""
-    sampling: Sampling = Sampling(samples_per_prompt=4)
+    sampling: CollectSampling = CollectSampling()
     """How responses are sampled."""
     prompts: Count | None = None
-    """Prompts to sample responses for; unset: each one of the data once."""
+    """Prompts to sample responses for; unset: each one of the data once, in their order."""
     prompts_per_batch: Count = 64
     """Prompts sampled and written at a time; what is written is not sampled again after a stop."""
     keep: Literal["best_worst", "threshold", "best_of_n", "resample"] = "best_worst"
-    """best_worst: a pair of each prompt's best and worst response; threshold: every pair of its responses that differs
-    by min_margin; best_of_n: the best response as a text; resample: texts drawn with weights exp(score / beta)."""
+    """Pairs for reward_model and dpo: best_worst, each prompt's best and worst response; threshold, every pair of its
+    responses that differs by min_margin. Texts for sft: best_of_n, the best response; resample, responses drawn with
+    weights exp(score / beta)."""
     min_margin: NonNegative = 0.0
     """Smallest difference of the scores in a pair; pairs of equal scores are never kept (best_worst, threshold)."""
     max_pairs: Count = 4
@@ -831,8 +853,13 @@ class Collect(Section):
     """Texts drawn for each prompt, with replacement (resample)."""
     unfinished: Literal["drop", "keep"] = "drop"
     """What becomes of responses that the length limit cut."""
-    checkpoints: Checkpoints = Checkpoints(every=1)
+    checkpoints: CollectCheckpoints = CollectCheckpoints()
     """Checkpoints."""
+
+    @property
+    def writes(self) -> Literal["pairs", "texts"]:
+        """What the rows of its data are."""
+        return "pairs" if self.keep in ("best_worst", "threshold") else "texts"
 
 
 def _adapter_off(policy: Policy, reference: Reference) -> bool:

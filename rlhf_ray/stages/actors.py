@@ -12,7 +12,7 @@ from rlhf_ray.distributed.placement import Placement, RoleRequest
 from rlhf_ray.engines.vllm_generation import engine_environment
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.heads import Head
-from rlhf_ray.stages.site import Site, absolute
+from rlhf_ray.stages.site import Site, absolute, stage_seed
 from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.scorers import ClassifierScorer, FunctionScorer, ModelScorer, ReferenceScorer, RewardScorer
@@ -90,7 +90,7 @@ class Actors:
             revision=self._stage.policy.revision,
             tokenizer=self._tokenizer,
             max_model_len=max_length,
-            seed=self._site.config.seed,
+            seed=stage_seed(self._stage, self._site.config.seed),
             lora=policy.lora if isinstance(policy := self._stage.policy, schema.Learner) else None,
         )
 

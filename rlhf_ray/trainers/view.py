@@ -40,6 +40,8 @@ _FIELDS = (
     ("held-out accuracy", "evaluation/accuracy", "{:.3f}"),
     ("held-out loss", "evaluation/loss", "{:.4f}"),
     ("held-out perplexity", "evaluation/perplexity", "{:.2f}"),
+    ("kept", "collect/kept", "{:,.0f} rows"),
+    ("effective samples", "collect/effective_samples", "{:.2f}"),
     ("KL", "kl/per_sequence", "{:z.2f} nats"),
     ("KL coefficient", "kl/coefficient", "{:.4f}"),
     ("length", "response/length_mean", "{:.1f} tokens"),
@@ -66,16 +68,15 @@ class Summary:
     """The end of a stage.
 
     Args:
-        model: directory of the trained model.
-        best: directory of the best model by an evaluation metric, where one is kept.
+        outputs: what it left, by name: directory of the trained model, and of the best one where that is kept, or of
+            the data.
         before: metrics of the evaluation before the first iteration; empty where there was none.
         after: metrics of the last evaluation; empty where there was none.
         samples: a few held-out prompts with the responses before and after.
         elapsed_s: seconds spent in the stage.
     """
 
-    model: Path
-    best: Path | None
+    outputs: Mapping[str, Path]
     before: Mapping[str, float]
     after: Mapping[str, float]
     samples: Sequence[SamplePair]
@@ -210,9 +211,8 @@ class PlainView:
             before, after = _shown_score(pair.score_before), _shown_score(pair.score_after)
             self._print(f"  before ({before}): {clip(pair.before, 300)}")
             self._print(f"  after  ({after}): {clip(pair.after, 300)}")
-        self._print(f"model: {_shown(summary.model)}")
-        if summary.best:
-            self._print(f"best model: {_shown(summary.best)}")
+        for name, path in summary.outputs.items():
+            self._print(f"{name}: {_shown(path)}")
 
     def _print(self, text: str) -> None:
         print(f"[{self._stage}] {text}", file=self._out, flush=True)
@@ -301,9 +301,8 @@ def _results(summary: Summary) -> Table:
     for index, (name, before, after) in enumerate(comparisons(summary)):
         value = after if before is None else f"{before} → {after}"
         table.add_row(name, Text(value, style="bold green" if index == 0 else ""))
-    table.add_row("model", Text(_shown(summary.model), overflow="fold"))
-    if summary.best:
-        table.add_row("best model", Text(_shown(summary.best), overflow="fold"))
+    for name, path in summary.outputs.items():
+        table.add_row(name, Text(_shown(path), overflow="fold"))
     return table
 
 

@@ -94,11 +94,7 @@ class Generator:
         rows = [row for row in range(len(prompts.ids)) for _ in range(samples)]
         token_ids = [prompts.token_ids[row] for row in rows]
         self._check_lengths(prompts, sampling)
-        seeds = [
-            derive_seed(self.seed, iteration, prompt_id, repeat * samples + sample)
-            for prompt_id, repeat in zip(prompts.ids, prompts.repeats, strict=True)
-            for sample in range(samples)
-        ]
+        seeds = sample_seeds(self.seed, prompts, samples, iteration=iteration)
         found = self.engine.generate(token_ids, sampling, seeds=seeds)
         sequences = make_sequences(token_ids, [sample.token_ids for sample in found])
         logprobs = torch.zeros(sequences.tokens.shape)
@@ -166,6 +162,15 @@ class Generator:
     def close(self) -> None:
         """Ends the engine."""
         self.engine.close()
+
+
+def sample_seeds(seed: int, prompts: Prompts, samples: int, *, iteration: int) -> list[int]:
+    """The seed of each of the `samples` adjacent responses to each prompt, from the seed of the run."""
+    return [
+        derive_seed(seed, iteration, prompt_id, repeat * samples + sample)
+        for prompt_id, repeat in zip(prompts.ids, prompts.repeats, strict=True)
+        for sample in range(samples)
+    ]
 
 
 def probe_prompts(vocab_size: int, *, block: int, max_model_len: int) -> Sequence[list[int]]:

@@ -22,8 +22,7 @@ from rlhf_ray.trainers.view import (
 
 EVIL = "good \x1b[2J\x1b[31mfilm\x1b]0;title\x07 \x9b31mred\x00\r\n[bold]loud[/bold]\u202e"
 SUMMARY = Summary(
-    model=Path("/runs/a/ppo/model"),
-    best=Path("/runs/a/ppo/best"),
+    outputs={"model": Path("/runs/a/ppo/model"), "best model": Path("/runs/a/ppo/best")},
     before={"evaluation/reward_mean": 0.1},
     after={"evaluation/reward_mean": 0.9, "evaluation/length_mean": 20.0},
     samples=[SamplePair("The film was", EVIL, "[red]wonderful", -0.5, 0.9)],

@@ -24,7 +24,7 @@ class Beam:
 
     def score(self, length_penalty: float) -> float:
         """Log-probability divided by length ** length_penalty."""
-        return sum(self.logprobs) / max(1, len(self.token_ids)) ** length_penalty
+        return sum(self.logprobs) / float(max(1, len(self.token_ids)) ** length_penalty)
 
 
 @dataclass

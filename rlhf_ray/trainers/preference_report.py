@@ -171,7 +171,7 @@ def calibration_bins(differences: SequenceFloat) -> list[CalibrationBin]:
             observed=float(correct[numbers == number].mean()),
             pairs=int((numbers == number).sum()),
         )
-        for number in numbers.unique().tolist()
+        for number in sorted(set(numbers.tolist()))
     ]
 
 
@@ -196,7 +196,7 @@ def length_bins(differences: SequenceFloat, longer: SequenceInt) -> list[LengthB
         differences: score of the chosen answer less that of the rejected one.
         longer: tokens of the chosen answer less those of the rejected one.
     """
-    _, value, counts = longer.unique(return_inverse=True, return_counts=True)
+    _, value, counts = torch.unique(longer, return_inverse=True, return_counts=True)
     numbers = ((counts.cumsum(0) - counts) * LENGTH_BINS // len(longer))[value]
     correct = preferred(differences, torch.zeros_like(differences))
     return [
@@ -207,7 +207,7 @@ def length_bins(differences: SequenceFloat, longer: SequenceInt) -> list[LengthB
             margin=float(differences[numbers == number].mean()),
             pairs=int((numbers == number).sum()),
         )
-        for number in numbers.unique().tolist()
+        for number in sorted(set(numbers.tolist()))
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.rule import Rule
@@ -96,9 +97,12 @@ def compare(first: Responses, second: Responses) -> Comparison:
     """The second model's scores against the first one's; both have scores, to the same prompts in the same order."""
     assert first.scores is not None, "the first model's responses have no scores"
     assert second.scores is not None, "the second model's responses have no scores"
+    # The same response may score differently in its last digits beside other responses.
+    same = torch.isclose(second.scores, first.scores, rtol=1e-5, atol=1e-6)
+    difference = (second.scores - first.scores).masked_fill(same, 0.0)
     return Comparison(
-        difference=estimate(second.scores - first.scores, first.per_prompt),
-        wins=float(preferred(second.scores, first.scores).mean()),
+        difference=estimate(difference, first.per_prompt),
+        wins=float(preferred(difference, torch.zeros_like(difference)).mean()),
     )
 
 
@@ -175,7 +179,7 @@ def show_scores(answered: Sequence[Responses]) -> RenderableType:
     if len(answered) == 1 or not scored:
         return table
     found = compare(*answered)
-    line = f"second less first {found.difference}; the second scores higher for {found.wins:.0%} of the responses"
+    line = f"second less first {found.difference}; the second scores higher in {found.wins:.0%} (a tie counts half)"
     return Group(table, Text(line, style="bold green"))
 
 

@@ -225,7 +225,7 @@ def evaluate_command(
             from rlhf_ray.trainers.preference_report import report_tables, write_report
 
             report = evaluate(model, preferences, scorer=scorer, address=address)
-        _print(report_tables(report))
+        _print(report_tables(report, histogram=True))
         if json_file is not None:
             write_report(json_file, report)
 

@@ -147,7 +147,7 @@ class Policy(Learner):
         return None if self.tokenizer else self.revision
 
 
-class Scorer(Policy):
+class RewardNetwork(Policy):
     """The network that becomes a reward model."""
 
     optimizer: HeadOptimizer = HeadOptimizer()
@@ -634,7 +634,7 @@ class RewardModel(Section):
     """Name of the stage and of its folder."""
     method: Literal["reward_model"]
     """A reward model."""
-    policy: Scorer
+    policy: RewardNetwork
     """The network that is trained: a causal language model, which gets a new head, or a reward model. It becomes a
     sequence-classification model with one logit, which reads a score at a text's last token."""
     data: PreferenceData

@@ -225,8 +225,8 @@ def wilson_interval(share: float, number: int, z: float = 1.959964) -> tuple[flo
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def report_tables(report: PreferenceReport) -> RenderableType:
-    """The report for a terminal."""
+def report_tables(report: PreferenceReport, *, histogram: bool) -> RenderableType:
+    """The report for a terminal, with the histogram of the margins where that is asked for."""
     metrics, (low, high) = report.metrics, report.accuracy_interval
     head = Text.assemble(
         (f"accuracy {metrics['accuracy']:.3f}", "bold green"),
@@ -241,6 +241,8 @@ def report_tables(report: PreferenceReport) -> RenderableType:
     calibration = _table("preference predicted", "observed", "pairs")
     for bin in report.calibration:
         calibration.add_row(f"{bin.predicted:.3f}", f"{bin.observed:.3f}", str(bin.pairs))
+    if not histogram:
+        return Group(head, length, calibration)
     margins = _table("margin from", "to", "pairs", "")
     most = max(bin.pairs for bin in report.margins)
     for margin in report.margins:

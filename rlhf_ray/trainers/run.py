@@ -479,7 +479,7 @@ class StageRun:
             Summary(model, result.best, result.before, result.after, self._sample_pairs(), result.elapsed_s)
         )
         if self._last_report is not None:
-            self._view.show(report_tables(self._last_report))
+            self._view.show(report_tables(self._last_report, histogram=False))
         self._stop_if_requested()
         return result
 

@@ -125,6 +125,6 @@ def test_the_report_of_a_few_pairs_on_disk_and_on_the_screen(tmp_path: Path) -> 
     assert [bin["low"] for bin in read["by_length"]] == [-2, 0, 1]
     assert sum(bin["pairs"] for bin in read["margins"]) == sum(bin["pairs"] for bin in read["calibration"]) == 3
     screen = io.StringIO()
-    Console(file=screen, width=100).print(report_tables(report))
+    Console(file=screen, width=100).print(report_tables(report, histogram=True))
     assert "accuracy 0.500 (95 % interval" in screen.getvalue()
     assert "-2" in screen.getvalue()

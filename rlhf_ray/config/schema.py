@@ -84,8 +84,8 @@ class Optimizer(Section):
     """Learning rate at the last step as a share of the peak, for linear and cosine."""
 
 
-class CriticOptimizer(Optimizer):
-    """As Optimizer, with a critic's learning rate."""
+class HeadOptimizer(Optimizer):
+    """As Optimizer, with the learning rate of a network whose head is new."""
 
     learning_rate: Positive = 1e-5
     """Peak learning rate."""
@@ -151,6 +151,13 @@ class Policy(Learner):
         return None if self.tokenizer else self.revision
 
 
+class RewardNetwork(Policy):
+    """The network that becomes a reward model."""
+
+    optimizer: HeadOptimizer = HeadOptimizer()
+    """Optimizer of this network."""
+
+
 class SampledPolicy(Section):
     """The network that responses are sampled from."""
 
@@ -172,7 +179,7 @@ class Critic(Learner):
 
     kind: Literal["network", "value_head"] = "network"
     """A network of its own, or a value head on the policy's trunk (then the settings of a network have no effect)."""
-    optimizer: CriticOptimizer = CriticOptimizer()
+    optimizer: HeadOptimizer = HeadOptimizer()
     """Optimizer of this network."""
     warmup_iterations: CountOrZero = 0
     """First iterations in which only the critic is trained."""
@@ -650,7 +657,7 @@ class RewardModel(Section):
     """Name of the stage and of its folder."""
     method: Literal["reward_model"]
     """A reward model."""
-    policy: Policy
+    policy: RewardNetwork
     """The network that is trained: a causal language model, which gets a new head, or a reward model. It becomes a
     sequence-classification model with one logit, which reads a score at a text's last token."""
     data: PreferenceData

@@ -105,6 +105,16 @@ class HfEngine:
             found.append([float(value) for value in token_logprobs(logits, tokens)[0]])
         return found
 
+    @torch.inference_mode()
+    def next_tokens(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[tuple[int, float]]]:
+        """For each sequence the `count` most likely next tokens and their log-probabilities, best first."""
+        found = []
+        for sequence in sequences:
+            logits = self._model(torch.tensor([list(sequence)], device=self._device), use_cache=False).logits[0, -1]
+            best = logits.float().log_softmax(0).topk(min(count, self.vocab_size))
+            found.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        return found
+
     def receive(
         self, spec: TransportSpec, version: int, *, first_rank: int, load: bool = True
     ) -> list[ReceivedWeights]:

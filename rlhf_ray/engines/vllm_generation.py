@@ -195,6 +195,16 @@ class VllmEngine:
         results = self._run(prompts, [parameters] * len(prompts))
         return [[0.0, *result.prompt_logprobs.logprobs] for result in results]
 
+    def next_tokens(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[tuple[int, float]]]:
+        """For each sequence the `count` most likely next tokens and their log-probabilities, best first."""
+        count = min(count, self._vocab_size)
+        parameters = _vllm().SamplingParams(temperature=0.0, max_tokens=1, logprobs=count, detokenize=False)
+        found = []
+        for result in self._run(sequences, [parameters] * len(sequences)):
+            ranked = sorted(result.outputs[0].logprobs[0].items(), key=lambda item: item[1].rank)
+            found.append([(int(token), float(value.logprob)) for token, value in ranked[:count]])
+        return found
+
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         results: list[Any] = self._llm.generate(requests, list(parameters), use_tqdm=False, lora_request=self._adapter)
@@ -292,6 +302,7 @@ def _arguments(config: schema.Generator, model: PretrainedConfig, *, max_model_l
         "enforce_eager": not config.compile,
         "enable_prefix_caching": config.prefix_caching,
         "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
         "generation_config": "vllm",
         "worker_extension_cls": _EXTENSION,
         "disable_log_stats": True,

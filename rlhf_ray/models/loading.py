@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,6 +42,8 @@ from rlhf_ray.models.lora import ADAPTER_CONFIG
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16"]
 
+# As byte-level vocabularies write it, and as SentencePiece with byte fallback does.
+_BYTE_FF = ("ÿ", "<0xFF>")
 _WIDTHS = {"tiny": (128, 4, 4, 352), "mini": (256, 6, 4, 704), "small": (384, 8, 6, 1024)}
 
 
@@ -123,8 +125,8 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """A sequence-classification model with one logit, to be trained; from a causal language model its head is zero.
 
-    Its configuration says what transformers needs to find the last token of a row: the id of the padding, or None where
-    the tokenizer pads with the end-of-sequence token, which would be taken for padding.
+    Model and tokenizer get what transformers needs to find the last token of a row in a batch: a pad token that ends no
+    text (`separate_padding`); where there is none it takes one row at a time.
 
     Args:
         dtype: type of the weights.
@@ -154,10 +156,31 @@ def load_reward_model(
             f"{name}: got {type(model).__name__}, wanted a model that reads from left to right and scores the last "
             "token, such as Llama, Qwen or GPT-2"
         )
+    ends = eos_token_ids(tokenizer, model.config)
+    separate_padding(tokenizer, ends)
     padding = tokenizer.pad_token_id
-    model.config.get_text_config().pad_token_id = None if padding == tokenizer.eos_token_id else padding
+    model.config.get_text_config().pad_token_id = None if padding in ends else padding
     model.config.architectures = [type(model).__name__]
     return model
+
+
+def separate_padding(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
+    """Gives a tokenizer that pads with an end-of-sequence token another pad token, where its vocabulary has one.
+
+    The token of the byte 0xFF serves: no text in UTF-8 has that byte, and every byte-level vocabulary has its token.
+
+    Args:
+        ends: every id that ends a sequence.
+    """
+    if tokenizer.pad_token_id not in ends:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for piece in _BYTE_FF:
+        if piece in vocabulary and tokenizer.decode([vocabulary[piece]]) == "\ufffd":
+            # The letter of the same name stays a letter, unless it stands alone as a word.
+            tokenizer.add_tokens([AddedToken(piece, single_word=True, normalized=False)], special_tokens=True)
+            tokenizer.pad_token = piece
+            return
 
 
 def eos_token_ids(

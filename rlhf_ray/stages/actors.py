@@ -49,6 +49,13 @@ def generator_request(stage: str, settings: schema.Generator, *, gpus: float) ->
     return _request("generator", settings, env=engine_environment(settings, gpu=on_gpu), reuse="generator")
 
 
+def own_part(settings: schema.Generator, placement: Placement) -> schema.Generator:
+    """The settings of engines that share a GPU: they share its memory, and take memory_share of their own part."""
+    share = placement.share("generator").gpus
+    part = share if 0 < share < 1 else 1.0
+    return settings.model_copy(update={"memory_share": settings.memory_share * part})
+
+
 def _request(
     role: str, settings: schema.Workers, *, env: Mapping[str, str] | None = None, reuse: str | None = None
 ) -> RoleRequest:
@@ -79,13 +86,10 @@ class Actors:
 
         Where the policy trains an adapter, they take that alone.
         """
-        share = self._placement.share("generator").gpus
-        # Roles that share a GPU share its memory: an engine takes memory_share of its own part.
-        part = share if 0 < share < 1 else 1.0
         return self._start(
             "generator",
             Generator,
-            config=settings.model_copy(update={"memory_share": settings.memory_share * part}),
+            config=own_part(settings, self._placement),
             model=self._model,
             revision=self._stage.policy.revision,
             tokenizer=self._tokenizer,

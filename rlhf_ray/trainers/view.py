@@ -107,6 +107,9 @@ class View(Protocol):
     def summary(self, summary: Summary) -> None:
         """The stage has ended."""
 
+    def show(self, tables: RenderableType) -> None:
+        """Something with more than one line, after the summary."""
+
 
 def open_view(
     stage: str, total: int, recorder: Recorder, *, unit: Unit = "iteration", console: Console | None = None
@@ -214,6 +217,9 @@ class PlainView:
         for name, path in summary.outputs.items():
             self._print(f"{name}: {_shown(path)}")
 
+    def show(self, tables: RenderableType) -> None:
+        Console(file=self._out, highlight=False).print(tables)
+
     def _print(self, text: str) -> None:
         print(f"[{self._stage}] {text}", file=self._out, flush=True)
 
@@ -265,6 +271,9 @@ class LiveView:
         self._console.print(Panel(_results(summary), title=title, box=ROUNDED, border_style="green"))
         if summary.samples:
             self._console.print(_sample_table(summary.samples))
+
+    def show(self, tables: RenderableType) -> None:
+        self._console.print(tables)
 
     def __rich__(self) -> RenderableType:
         pace = self._pace

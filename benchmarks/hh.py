@@ -2,9 +2,9 @@
 
     python benchmarks/hh.py rlhf_hh dpo_hh --json benchmarks/results/hh.json
 
-For each pipeline: the share of the test pairs that the reward model, or DPO's implicit reward, orders as people did, with
-a 95 % interval (Wilson, 1927), beside the share that preferring the longer answer gets right; for PPO the learned reward
-of held-out prompts before and after, and the KL per sequence. The model knows children's stories only.
+For each pipeline: the share of the test pairs that the reward model, or DPO's implicit reward, orders as people did,
+with a 95 % interval (Wilson, 1927), beside the share that preferring the longer answer gets right; for PPO the learned
+reward of held-out prompts before and after, and the KL per sequence. The model knows children's stories only.
 """
 
 from __future__ import annotations
@@ -122,7 +122,11 @@ def main() -> None:
         config = load_pipeline(ROOT / file, small)
         figures += judge(ROOT / config.run_dir, config)
     for row in figures:
-        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

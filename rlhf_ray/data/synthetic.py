@@ -2,8 +2,8 @@
 
 A row is {prompt, response, text, label}. The prompt is a neutral opening ("The quiet comedy by Marta Weiss about a
 sailor was"); the response goes on positively or negatively, one half each, and often with one word of the other side.
-Prompts of "train" and "test" are disjoint. A preference pair is a prompt with two responses, the better one by the judge
-preferred: mostly a positive and a negative one, in two of five pairs a better and a worse one of the same side.
+Prompts of "train" and "test" are disjoint. A preference pair is a prompt with two responses, of which the judge prefers
+the first: mostly a positive and a negative one, in two of five pairs a better and a worse one of the same side.
 """
 
 from __future__ import annotations

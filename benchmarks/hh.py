@@ -28,6 +28,7 @@ from rlhf_ray.trainers.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 MODEL = "../shared/data/models/stories260k-llama-hd32"
 PAIRS = "../shared/data/preference/hh-helpful-base"
+SPLITS = (("train", "train"), ("evaluation", "test"))
 
 
 def overrides(pipeline: str) -> list[str]:
@@ -39,7 +40,7 @@ def overrides(pipeline: str) -> list[str]:
         "sft.evaluation.every=25",
     ]
     for stage in stages:
-        found += [f"{stage}.data.{what}={PAIRS}.{split}.jsonl.gz" for what, split in SPLITS.items()]
+        found += [f"{stage}.data.{what}={{path: {PAIRS}.{split}.jsonl.gz}}" for what, split in SPLITS]
     if pipeline == "dpo_hh":
         return [
             *found,
@@ -65,9 +66,6 @@ def overrides(pipeline: str) -> list[str]:
         "ppo.kl.horizon=640",
         "ppo.evaluation.every=10",
     ]
-
-
-SPLITS = {"train": "train", "evaluation": "test"}
 
 
 def interval(share: float, count: int) -> tuple[float, float]:

@@ -335,10 +335,17 @@ def _shown_score(score: float) -> str:
 def shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Label and value of the metrics that a person wants to see first."""
     return [
-        (label, form.format(metrics[name]))
+        (label, form.format(metrics[name]) + (_scorers(metrics) if name == "reward/mean" else ""))
         for label, name, form in _FIELDS
         if name in metrics and _LESS_THAN.get(name) not in metrics
     ]
+
+
+def _scorers(metrics: Mapping[str, float]) -> str:
+    """Name and mean of each scorer, weight 0 included, where there are several: ` (learned 0.894, sentiment 0.567)`."""
+    found = {name: re.fullmatch(r"reward/([\w-]+)_mean", name) for name in metrics if name != "reward/shaped_mean"}
+    parts = [f"{match[1]} {metrics[name]:z.3f}" for name, match in found.items() if match]
+    return f" ({', '.join(parts)})" if len(parts) > 1 else ""
 
 
 def comparisons(summary: Summary) -> list[tuple[str, str | None, str]]:

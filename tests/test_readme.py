@@ -93,6 +93,11 @@ def test_a_command_works(
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert "is not a folder" in capsys.readouterr().err
+    elif arguments[0] in ("generate", "evaluate"):
+        # tests/integration/test_quickstart.py runs these; here there is no such run, which is the only mistake.
+        monkeypatch.chdir(tmp_path)
+        assert exit_code(*arguments) == 2
+        assert arguments[1] in capsys.readouterr().err
     else:
         assert exit_code(*arguments) == 0
 

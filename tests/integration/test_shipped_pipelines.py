@@ -9,6 +9,7 @@ import pandas
 import pytest
 
 from benchmarks.hh import overrides
+from benchmarks.online_dpo import judge
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.pipeline import run_pipeline
@@ -118,7 +119,73 @@ def test_rlhf_hh(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPat
     assert scores.nunique() > 1
 
 
+def test_dpo_hh(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared("preference/hh-helpful-base.train.jsonl.gz")
+    monkeypatch.chdir(PIPELINES.parent)
+    rows = run_shipped(
+        "dpo_hh.yaml",
+        [
+            *overrides("dpo_hh"),
+            f"run_dir={tmp_path / 'run'}",
+            *few_steps("sft", "dpo"),
+            "dpo.evaluation={every: 0, prompts: 4, temperature: 1.0, max_new_tokens: 16}",
+            f"dpo.cache_dir={tmp_path / 'cache'}",
+        ],
+    )
+    before, *_, after = [row for row in rows if row["stage"] == "dpo"]
+    assert before["evaluation/kl_k1"] == pytest.approx(0, abs=1e-3)
+    assert after["iteration"] == 2
+    assert 0 < after["evaluation/accuracy"] < 1
+
+
 def few_steps(*stages: str) -> list[str]:
     """Overrides that leave two steps of eight rows to each stage, and 16 rows to its evaluation."""
     sizes = ("batch_size=8", "data.train.rows=16", "data.evaluation.rows=16")
     return [f"{stage}.{size}" for stage in stages for size in sizes]
+
+
+def test_ppo_lora(tmp_path: Path, cluster: Cluster) -> None:
+    reviews = tmp_path / "imdb.parquet"
+    pandas.DataFrame({"text": TEXTS, "label": [i % 2 for i in range(len(TEXTS))]}).to_parquet(reviews)
+    learner = "lora: {rank: 2, alpha: 4}, optimizer: {learning_rate: 1e-3}"
+    rows = run_shipped(
+        "ppo_lora.yaml",
+        [
+            f"run_dir={tmp_path / 'run'}",
+            "iterations=1",
+            "prompts_per_iteration=8",
+            f"policy={{model: {make_llama(tmp_path / 'llama')}, {learner}}}",
+            f"critic={{{learner}}}",
+            "generator={}",
+            f"reward.0.model={make_classifier(tmp_path / 'classifier')}",
+            f"data.train={{path: {reviews}}}",
+            f"data.evaluation={{path: {reviews}, rows: 6}}",
+        ],
+    )
+    assert [row["iteration"] for row in rows] == [0, 1]
+    assert rows[1]["kl/per_sequence"] == pytest.approx(0, abs=1e-3)
+    assert rows[1]["sync/probe_diff_mean"] < 1e-4
+
+
+def test_online_dpo(tmp_path: Path, cluster: Cluster) -> None:
+    run = tmp_path / "run"
+    rounds = [
+        f"{name}_{number}.{change}"
+        for number in (1, 2)
+        for name, change in (
+            ("collect", "data.train.rows=32"),
+            ("dpo", "epochs=1"),
+            ("dpo", "evaluation.prompts=16"),
+            ("dpo", "data.evaluation.rows=16"),
+            ("dpo", f"cache_dir={tmp_path / 'cache'}"),
+        )
+    ]
+    rows = run_shipped("online_dpo.yaml", [f"run_dir={run}", "sft.steps=40", "sft.data.evaluation.rows=20", *rounds])
+    stages = ["sft", "collect_1", "dpo_1", "collect_2", "dpo_2"]
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == stages
+    first, second = (pandas.read_parquet(run / f"collect_{number}/data") for number in (1, 2))
+    assert 0 < len(first) <= 32
+    assert not first["chosen"].equals(second["chosen"])
+    figures = judge(run)
+    assert figures["prompts"] == 16
+    assert figures["reward_before"] == pytest.approx(0, abs=0.5)

@@ -1,4 +1,4 @@
-"""Adapters in the stages with one role, on the real stack; PPO's are with the tests of PPO, resume and weight sync."""
+"""Adapters in the stages with one role, on the real stack; those of PPO are in the tests of its loop, sync and resume."""
 
 from __future__ import annotations
 

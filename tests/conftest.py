@@ -1,5 +1,7 @@
 """One thread, checked shapes, and small models in Hugging Face directories, made once for a whole test run."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+# Also for the processes that tests start: the cache of the reference's log-probabilities stays out of the home folder.
+os.environ["RLHF_RAY_CACHE"] = tempfile.mkdtemp(prefix="rlhf_ray_cache_")
 # Before any test imports them: the shapes in the signatures of the algorithms are checked in every call.
 install_import_hook("rlhf_ray.algorithms", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 

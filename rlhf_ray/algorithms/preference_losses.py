@@ -101,6 +101,17 @@ class DpoLoss:
         holds = 0 <= self.label_smoothing < 0.5
         require(holds, "label_smoothing", self.label_smoothing, "a number from 0 to below 0.5")
 
+    def rewards(
+        self,
+        chosen: AnswerLogprobs,
+        rejected: AnswerLogprobs,
+        *,
+        reference_chosen: SequenceFloat,
+        reference_rejected: SequenceFloat,
+    ) -> tuple[SequenceFloat, SequenceFloat]:
+        """Implicit rewards [B] of the chosen and of the rejected answers: beta times the log-ratio to the reference."""
+        return self.beta * (chosen.total - reference_chosen), self.beta * (rejected.total - reference_rejected)
+
     def __call__(
         self,
         chosen: AnswerLogprobs,
@@ -120,8 +131,9 @@ class DpoLoss:
             reference_chosen: the reference's totals, of the chosen answers.
             reference_rejected: the reference's totals, of the rejected answers.
         """
-        chosen_reward = self.beta * (chosen.total - reference_chosen)
-        rejected_reward = self.beta * (rejected.total - reference_rejected)
+        chosen_reward, rejected_reward = self.rewards(
+            chosen, rejected, reference_chosen=reference_chosen, reference_rejected=reference_rejected
+        )
         h = chosen_reward - rejected_reward
         right, flipped = -logsigmoid(h), -logsigmoid(-h)  # arXiv:2305.18290, eq. 7
         loss = ((1 - self.label_smoothing) * right + self.label_smoothing * flipped).sum()
@@ -141,6 +153,17 @@ class IpoLoss:
 
     def __post_init__(self) -> None:
         _require_positive("beta", self.beta)
+
+    def rewards(
+        self,
+        chosen: AnswerLogprobs,
+        rejected: AnswerLogprobs,
+        *,
+        reference_chosen: SequenceFloat,
+        reference_rejected: SequenceFloat,
+    ) -> tuple[SequenceFloat, SequenceFloat]:
+        """Implicit rewards [B] of the chosen and of the rejected answers: beta times the log-ratio to the reference."""
+        return self.beta * (chosen.total - reference_chosen), self.beta * (rejected.total - reference_rejected)
 
     def __call__(
         self,
@@ -164,7 +187,10 @@ class IpoLoss:
         chosen_log_ratio, rejected_log_ratio = chosen.total - reference_chosen, rejected.total - reference_rejected
         difference = chosen_log_ratio / chosen.length - rejected_log_ratio / rejected.length
         loss = (difference - 1 / (2 * self.beta)).square().sum()  # arXiv:2310.12036, eq. 17
-        return loss, _sums_of_pairs(chosen, rejected, self.beta * chosen_log_ratio, self.beta * rejected_log_ratio)
+        rewards = self.rewards(
+            chosen, rejected, reference_chosen=reference_chosen, reference_rejected=reference_rejected
+        )
+        return loss, _sums_of_pairs(chosen, rejected, *rewards)
 
 
 @dataclass(frozen=True)
@@ -184,6 +210,10 @@ class SimpoLoss:
         _require_positive("beta", self.beta)
         _require_at_least_zero("gamma", self.gamma)
 
+    def rewards(self, chosen: AnswerLogprobs, rejected: AnswerLogprobs) -> tuple[SequenceFloat, SequenceFloat]:
+        """Rewards [B] of the chosen and of the rejected answers: beta times the log-probability per token."""
+        return self.beta * chosen.mean, self.beta * rejected.mean
+
     def __call__(self, chosen: AnswerLogprobs, rejected: AnswerLogprobs) -> tuple[Scalar, dict[str, Scalar]]:
         """(sum of the loss, sums of the metrics) over the pairs.
 
@@ -193,7 +223,7 @@ class SimpoLoss:
             chosen: the policy's, of the chosen answers.
             rejected: the policy's, of the rejected answers.
         """
-        chosen_reward, rejected_reward = self.beta * chosen.mean, self.beta * rejected.mean
+        chosen_reward, rejected_reward = self.rewards(chosen, rejected)
         loss = -logsigmoid(chosen_reward - rejected_reward - self.gamma).sum()  # arXiv:2405.14734
         return loss, _sums_of_pairs(chosen, rejected, chosen_reward, rejected_reward)
 
@@ -212,6 +242,10 @@ class OrpoLoss:
     def __post_init__(self) -> None:
         _require_positive("coefficient", self.coefficient)
 
+    def rewards(self, chosen: AnswerLogprobs, rejected: AnswerLogprobs) -> tuple[SequenceFloat, SequenceFloat]:
+        """Rewards [B] of the chosen and of the rejected answers: the log-odds of their probability per token."""
+        return _log_odds(chosen.mean), _log_odds(rejected.mean)
+
     def __call__(self, chosen: AnswerLogprobs, rejected: AnswerLogprobs) -> tuple[Scalar, dict[str, Scalar]]:
         """(sum of the loss, sums of the metrics) over the pairs.
 
@@ -222,7 +256,7 @@ class OrpoLoss:
             chosen: the policy's, of the chosen answers.
             rejected: the policy's, of the rejected answers.
         """
-        chosen_odds, rejected_odds = _log_odds(chosen.mean), _log_odds(rejected.mean)
+        chosen_odds, rejected_odds = self.rewards(chosen, rejected)
         odds_ratio = -logsigmoid(chosen_odds - rejected_odds)  # arXiv:2403.07691, eq. 7
         nll = -chosen.mean
         loss = (nll + self.coefficient * odds_ratio).sum()  # eq. 6

@@ -17,6 +17,7 @@ from rlhf_ray.config.schema import (
     NewModel,
     Pipeline,
     Ppo,
+    Reference,
     Reward,
     Source,
     Stage,
@@ -54,7 +55,7 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
     for split in ("train", "evaluation"):
         yield from _silent_sources(getattr(stage.data, split) or (), f"data.{split}")
     if isinstance(stage, Ppo | Dpo):
-        yield from _silent_revision("reference", stage.reference.model)
+        yield from _silent_reference(stage)
     for position, reward in enumerate(rewards_of(stage)):
         if not isinstance(reward, FunctionReward):
             yield from _silent_revision(f"reward.{position}", reward.model)
@@ -65,6 +66,8 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
         yield ["data.too_long"], "with data.prompt_length, which cuts every prompt", ["data.prompt_length"]
     if isinstance(stage, Ppo):
         yield from _silent_ppo(stage)
+    if isinstance(stage, Dpo):
+        yield from _silent_dpo(stage)
 
 
 def _silent_collect(stage: Collect) -> Iterator[_Silent]:
@@ -92,6 +95,8 @@ def _silent_learner(role: str, learner: Learner) -> Iterator[_Silent]:
     if learner.optimizer.schedule == "constant":
         cause = f"{role}.optimizer.schedule"
         yield [f"{role}.optimizer.final_ratio"], f"while {cause} is constant", [cause]
+    if isinstance(learner, Critic) and learner.lora is not None:
+        yield [f"{role}.lora.result"], "on a critic, which is no result of its stage", []
     yield from _silent_revision(role, learner.model)
 
 
@@ -105,6 +110,16 @@ def _silent_revision(role: str, model: str | NewModel | None) -> Iterator[_Silen
         yield [f"{role}.revision"], "on the result of a stage", causes
     elif is_local(model) or Path(model).is_dir():
         yield [f"{role}.revision"], f"on a local directory ({model})", causes
+
+
+def _silent_reference(stage: Ppo | Dpo) -> Iterator[_Silent]:
+    yield from _silent_revision("reference", stage.reference.model)
+    if stage.policy.lora is None:
+        yield ["reference.adapter_off"], "without policy.lora", ["policy.lora"]
+    elif stage.adapter_is_off_in_reference:
+        keys = [f"reference.{key}" for key in Reference.model_fields if key not in ("adapter_off", "model", "revision")]
+        reason = "while the reference is the policy's network with its adapter off (reference.adapter_off: false)"
+        yield keys, reason, ["reference.adapter_off", "policy.lora"]
 
 
 def _silent_sources(sources: Sequence[Source], key: str) -> Iterator[_Silent]:
@@ -165,6 +180,31 @@ def _silent_kl(stage: Ppo) -> Iterator[_Silent]:
         yield ["reference", *own], "while kl.place is off", ["kl.place"]
     elif stage.kl.controller == "fixed":
         yield ["kl.target", "kl.horizon"], "while kl.controller is fixed", ["kl.controller"]
+
+
+def _silent_dpo(stage: Dpo) -> Iterator[_Silent]:
+    kind, cause = stage.loss.kind, ["loss.kind"]
+    for key, wanted in (("label_smoothing", "sigmoid"), ("gamma", "simpo"), ("odds_coefficient", "orpo")):
+        if kind != wanted:
+            yield [f"loss.{key}"], f"with {kind} ({wanted} only)", cause
+    if kind == "orpo":
+        yield ["loss.beta"], "with orpo, which is weighed by odds_coefficient", cause
+        yield ["loss.nll_coefficient"], "with orpo, which has the chosen answers' likelihood in it", cause
+    if not stage.needs_reference:
+        yield ["reference", "cache", "cache_dir"], f"with {kind}, which has no reference", cause
+    elif not stage.cache:
+        yield ["cache_dir"], "while cache is false", ["cache"]
+    yield ["data.columns.margin"], "in a dpo stage, whose losses read no margin", []
+    if stage.data.evaluation is None:
+        yield ["generator"], "without data.evaluation, whose prompts it samples for", ["data.evaluation"]
+    if stage.generator is None:
+        keys = ["evaluation.prompts", "evaluation.temperature", "evaluation.max_new_tokens"]
+        yield keys, "without a generator", ["generator"]
+    if not stage.reward:
+        yield ["pairs"], "without a reward", ["reward"]
+    elif not stage.scores_pairs and stage.generator is None:
+        reason = "without `pairs` settings, for which training pairs are scored, and without a generator"
+        yield ["reward"], reason, ["pairs", "generator"]
 
 
 def _silent_generator(generator: Generator) -> Iterator[_Silent]:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlhf_ray.config.paths import check_function
 from rlhf_ray.config.problems import KeyPath, Problem
-from rlhf_ray.config.schema import FunctionReward, Generator, Learner, PromptData, Reward, Sampling
+from rlhf_ray.config.schema import (
+    Dpo,
+    FunctionReward,
+    Generator,
+    Learner,
+    Lora,
+    Policy,
+    Ppo,
+    PromptData,
+    Reward,
+    Sampling,
+)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """What names a folder or a metric."""
+
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM makes room for; an adapter of another rank gets the next one."""
 
 
 def reward_names(rewards: Sequence[Reward]) -> list[str]:
@@ -76,6 +91,26 @@ def learner_rules(learner: Learner, path: KeyPath) -> Iterator[Problem]:
             (*path, "gpus"),
             f"got {learner.gpus:g}, wanted at most 1: a learner's worker uses one GPU; more of them are `workers`",
         )
+    if learner.lora is not None and learner.lora.quantise == "nf4":
+        yield from _four_bits(learner, learner.lora, path)
+
+
+def _four_bits(learner: Learner, lora: Lora, path: KeyPath) -> Iterator[Problem]:
+    where = (*path, "lora", "quantise")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield Problem(where, "got nf4, but the bitsandbytes package is not installed; pip install bitsandbytes")
+    if learner.gpus == 0:
+        yield Problem(where, "got nf4, which needs a GPU, but gpus is 0", because=((*path, "gpus"),))
+    if learner.zero == 3:
+        yield Problem(
+            where, "got nf4, wanted none, or zero 0 to 2: ZeRO 3 cannot share 4-bit weights", because=((*path, "zero"),)
+        )
+    if isinstance(learner, Policy) and lora.result == "merged":
+        yield Problem(
+            (*path, "lora", "result"),
+            "got merged, wanted adapter: it is trained on weights in 4 bits, which no whole model has",
+            because=(where,),
+        )
 
 
 def generator_rules(generator: Generator, where: KeyPath) -> Iterator[Problem]:
@@ -98,6 +133,32 @@ def generator_rules(generator: Generator, where: KeyPath) -> Iterator[Problem]:
             (*where, "tensor_parallel"),
             f"got {generator.tensor_parallel}, but each worker has gpus: {generator.gpus:g}; wanted the same number",
             because=((*where, "gpus"),),
+        )
+
+
+def adapter_rules(stage: Ppo | Dpo, path: KeyPath) -> Iterator[Problem]:
+    """What an adapter cannot be for the engines and the reference beside it."""
+    lora = stage.policy.lora
+    if lora is None:
+        return
+    if stage.reference.adapter_off and stage.reference.model is not None:
+        yield Problem(
+            (*path, "reference", "adapter_off"),
+            f"got true, but reference.model is a network of its own ({stage.reference.model}); remove one of them",
+            because=((*path, "reference", "model"),),
+        )
+    generator = stage.generator
+    if generator is not None and lora.quantise == "nf4":
+        yield Problem(
+            (*path, "policy", "lora", "quantise"),
+            "got nf4, wanted none: the generator's weights are not in 4 bits, so it would sample from another network",
+            because=((*path, "generator"),),
+        )
+    if generator is not None and generator.engine == "vllm" and lora.rank > ADAPTER_RANKS[-1]:
+        yield Problem(
+            (*path, "policy", "lora", "rank"),
+            f"got {lora.rank}, wanted at most {ADAPTER_RANKS[-1]}, which is all that vLLM takes",
+            because=((*path, "generator", "engine"),),
         )
 
 

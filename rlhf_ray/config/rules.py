@@ -6,7 +6,7 @@ Every rule runs, and each has its own message. Nothing here opens a data file, i
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlhf_ray.config.collect_rules import collect_rules, collected_source_rules
@@ -15,7 +15,15 @@ from rlhf_ray.config.effects import generator_of, learners, rewards_of, without_
 from rlhf_ray.config.paths import check_model_path, check_source, is_local
 from rlhf_ray.config.ppo_rules import ppo_rules
 from rlhf_ray.config.problems import KeyPath, Problem, is_set, suggestion
-from rlhf_ray.config.role_rules import NAME, active_filters, generator_rules, learner_rules, reward_names, scorer_rules
+from rlhf_ray.config.role_rules import (
+    NAME,
+    active_filters,
+    adapter_rules,
+    generator_rules,
+    learner_rules,
+    reward_names,
+    scorer_rules,
+)
 from rlhf_ray.config.schema import (
     ClassifierReward,
     Collect,
@@ -26,6 +34,7 @@ from rlhf_ray.config.schema import (
     Pipeline,
     Policy,
     Ppo,
+    Reward,
     RewardModel,
     SampledPolicy,
     Section,
@@ -41,6 +50,8 @@ PREFERENCE_METRICS = (
     "accuracy_chosen_shorter",
     "calibration_error",
 )
+DPO_METRICS = (*PREFERENCE_METRICS, "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
+SAMPLE_METRICS = ("length_mean", "finished_share", "distinct_bigram_share")
 
 
 def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
@@ -56,6 +67,8 @@ def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
         generator = generator_of(stage)
         if generator is not None:
             problems += generator_rules(generator, (*path, "generator"))
+        if isinstance(stage, Ppo | Dpo):
+            problems += adapter_rules(stage, path)
         match stage:
             case Ppo():
                 problems += ppo_rules(stage, path)
@@ -173,15 +186,25 @@ def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
             )
 
 
-def _evaluation_metrics(stage: Sft | RewardModel | Ppo | Dpo) -> list[str]:
-    if isinstance(stage, RewardModel | Dpo):
-        return [f"evaluation/{name}" for name in PREFERENCE_METRICS]
-    if isinstance(stage, Sft):
-        return ["evaluation/loss", "evaluation/perplexity"]
-    names = ["reward_mean", "reward_std", "length_mean", "finished_share", "distinct_bigram_share"]
-    if len(stage.reward) > 1:
-        names += [f"{name}_mean" for name in reward_names(stage.reward)]
+def _evaluation_metrics(stage: Stage) -> list[str]:
+    names: list[str] = []
+    match stage:
+        case RewardModel():
+            names = [*PREFERENCE_METRICS]
+        case Sft():
+            names = ["loss", "perplexity"]
+        case Ppo():
+            names = _sample_metrics(stage.reward)
+        case Dpo():
+            names = [*DPO_METRICS]
+            if stage.generator is not None:
+                names += [*_sample_metrics(stage.reward), *(("kl_k1", "kl_k3") if stage.needs_reference else ())]
     return [f"evaluation/{name}" for name in names]
+
+
+def _sample_metrics(rewards: Sequence[Reward]) -> list[str]:
+    parts = [f"{name}_mean" for name in reward_names(rewards)] if len(rewards) > 1 else []
+    return [*(("reward_mean", "reward_std") if rewards else ()), *SAMPLE_METRICS, *parts]
 
 
 def _models(stage: Stage) -> list[tuple[KeyPath, Section]]:
@@ -263,6 +286,14 @@ def _stage_reference(pipeline: Pipeline, index: int, where: KeyPath, section: Se
         if isinstance(made_by, Collect):
             yield Problem(where, f"got 'stage:{name}', which makes data and no model", because=others)
             return
+        lora = made_by.policy.lora
+        if lora is not None and lora.result == "adapter":
+            yield Problem(
+                where,
+                f"got 'stage:{name}', which leaves an adapter, not a whole model; set {name}.policy.lora.result to "
+                "merged",
+                because=(("stages", names.index(name), "policy", "lora", "result"),),
+            )
         scores = isinstance(made_by, RewardModel)
         may_score = isinstance(section, ModelReward) or isinstance(pipeline.stages[index], RewardModel)
         if isinstance(section, ModelReward) and not scores:

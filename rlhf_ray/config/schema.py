@@ -84,8 +84,8 @@ class Optimizer(Section):
     """Learning rate at the last step as a share of the peak, for linear and cosine."""
 
 
-class CriticOptimizer(Optimizer):
-    """As Optimizer, with a critic's learning rate."""
+class HeadOptimizer(Optimizer):
+    """As Optimizer, with the learning rate of a network whose head is new."""
 
     learning_rate: Positive = 1e-5
     """Peak learning rate."""
@@ -100,12 +100,14 @@ class Lora(Section):
     """The adapter's output is scaled by alpha / rank."""
     dropout: DecayRate = 0.0
     """Dropout on the adapter's input while training; of every method, also where `dropout` is off."""
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; unset: all but the output layer."""
     quantise: Literal["none", "nf4"] = "none"
-    """nf4: the base's weights in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
+    """nf4: the base's weights in 4 bits (QLoRA), for methods without a generator; needs a GPU, bitsandbytes, ZeRO 0 to
+    2 and `result: adapter`, which belongs to the base in 4 bits."""
     result: Literal["merged", "adapter"] = "merged"
-    """What the stage leaves in `model/`: a whole model, or a peft adapter directory."""
+    """What the stage leaves in `model/`: a whole model, or a peft adapter directory, which no later stage can start
+    from."""
 
 
 class Learner(Workers):
@@ -149,6 +151,13 @@ class Policy(Learner):
         return None if self.tokenizer else self.revision
 
 
+class RewardNetwork(Policy):
+    """The network that becomes a reward model."""
+
+    optimizer: HeadOptimizer = HeadOptimizer()
+    """Optimizer of this network."""
+
+
 class SampledPolicy(Section):
     """The network that responses are sampled from."""
 
@@ -170,7 +179,7 @@ class Critic(Learner):
 
     kind: Literal["network", "value_head"] = "network"
     """A network of its own, or a value head on the policy's trunk (then the settings of a network have no effect)."""
-    optimizer: CriticOptimizer = CriticOptimizer()
+    optimizer: HeadOptimizer = HeadOptimizer()
     """Optimizer of this network."""
     warmup_iterations: CountOrZero = 0
     """First iterations in which only the critic is trained."""
@@ -504,7 +513,7 @@ class DpoEvaluation(PreferenceEvaluation):
     prompts: Count = 128
     """Prompts of the held-out pairs that responses are sampled for."""
     temperature: NonNegative = 0.0
-    """Softmax temperature of those samples; 0 is greedy."""
+    """Softmax temperature of those samples; 0 is greedy. Their KL to the reference is unbiased above 0 only."""
     max_new_tokens: Count = 128
     """Longest response."""
 
@@ -648,7 +657,7 @@ class RewardModel(Section):
     """Name of the stage and of its folder."""
     method: Literal["reward_model"]
     """A reward model."""
-    policy: Policy
+    policy: RewardNetwork
     """The network that is trained: a causal language model, which gets a new head, or a reward model. It becomes a
     sequence-classification model with one logit, which reads a score at a text's last token."""
     data: PreferenceData
@@ -804,6 +813,11 @@ class Dpo(Section):
     def needs_reference(self) -> bool:
         """Whether the loss reads a reference."""
         return self.loss.kind in ("sigmoid", "ipo")
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether training pairs are scored before the first step."""
+        return self.pairs.relabel or self.pairs.min_margin is not None
 
     @property
     def adapter_is_off_in_reference(self) -> bool:

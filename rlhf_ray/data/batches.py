@@ -182,6 +182,22 @@ class PreferencePairs(Batch):
     margins: SequenceFloat
 
 
+@dataclass(frozen=True)
+class ReferencedPairs(Batch):
+    """Pairs and what the reference says about their answers.
+
+    Args:
+        pairs: the pairs.
+        reference_chosen: [B] the reference's log-probability of each preferred answer, summed over its tokens; 0 where
+            the loss has no reference.
+        reference_rejected: [B] the same of the other answers.
+    """
+
+    pairs: PreferencePairs
+    reference_chosen: SequenceFloat
+    reference_rejected: SequenceFloat
+
+
 def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> TokenIds:
     """B lists of integers -> [B, T] int64, right-padded with `value`."""
     longest = max((len(row) for row in rows), default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import PreferenceColumns, PreferenceData, Source
 from rlhf_ray.data.arrow import Table, describe, open_table
-from rlhf_ray.data.batches import PreferencePairs, Sequences, make_sequences
+from rlhf_ray.data.batches import PreferencePairs, Prompts, Sequences, make_sequences
 from rlhf_ray.data.encoding import Encoder, Message, blocks, check_messages, check_text
 from rlhf_ray.data.prompts import cut_left
 from rlhf_ray.data.seeds import derive_seed
@@ -37,12 +37,13 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Token ids of a prompt and of the two answers behind it."""
+    """Token ids of a prompt and of the two answers behind it; whether the prompt is a text, not chat messages."""
 
     prompt: NDArray[np.int32]
     chosen: NDArray[np.int32]
     rejected: NDArray[np.int32]
     margin: float
+    is_text: bool
 
 
 class _UnusableError(DataError):
@@ -258,11 +259,13 @@ class PreferenceSet:
         report: how many rows were read ("rows"), are used ("used"), were left out ("dropped"; among them "unusable":
             equal or empty answers, or prompts that differ; the others are too long), and were shortened ("cut").
         pairs: token ids of each pair in use.
+        sizes: number of pairs in use of each source, in the order of the sources.
         stream: the order in which they come.
     """
 
     report: dict[str, int]
     pairs: list[_Encoded]
+    sizes: list[int]
     stream: Stream
 
     def __len__(self) -> int:
@@ -278,13 +281,14 @@ class PreferenceSet:
 
         Each epoch starts a new batch, so with one source every epoch holds each pair once.
         """
-        return self._pairs(self.stream.batch(step, batch_size))
+        return self.select(self.stream.batch(step, batch_size))
 
     def all(self) -> PreferencePairs:
         """Every pair once, in the data's order."""
-        return self._pairs(range(len(self)))
+        return self.select(range(len(self)))
 
-    def _pairs(self, rows: Sequence[int]) -> PreferencePairs:
+    def select(self, rows: Sequence[int]) -> PreferencePairs:
+        """The pairs of these numbers."""
         pairs = [self.pairs[row] for row in rows]
 
         def sequences(answers: Sequence[NDArray[np.int32]]) -> Sequences:
@@ -296,6 +300,53 @@ class PreferenceSet:
             ids=list(rows),
             margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
         )
+
+    def prompts(self, count: int, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+        """The first `count` different prompts, or all where there are fewer; a prompt's id is its first pair's."""
+        first: dict[bytes, int] = {}
+        for row, pair in enumerate(self.pairs):
+            if len(first) == count:
+                break
+            first.setdefault(pair.prompt.tobytes(), row)
+        rows = list(first.values())
+        return Prompts(
+            token_ids=[self.pairs[row].prompt.tolist() for row in rows],
+            texts=[self.prompt_text(row, tokenizer) for row in rows],
+            answers=[None] * len(rows),
+            ids=rows,
+            repeats=[0] * len(rows),
+        )
+
+    def prompt_text(self, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What the policy reads before the answers of a pair; of chat messages with the template's special tokens."""
+        pair = self.pairs[row]
+        return str(tokenizer.decode(pair.prompt.tolist(), skip_special_tokens=pair.is_text))
+
+    def kept(self, data: PreferenceData, *, keep: Sequence[bool], exchange: Sequence[bool], seed: int) -> PreferenceSet:
+        """The training pairs to keep, with chosen and rejected exchanged in those of `exchange`; both have [len(self)].
+
+        The report then has "exchanged" pairs, and those not kept among the "dropped" ones.
+
+        Raises DataError for a source of which no pair is kept.
+        """
+        pairs = [
+            replace(pair, chosen=pair.rejected, rejected=pair.chosen) if swap else pair
+            for pair, swap, use in zip(self.pairs, exchange, keep, strict=True)
+            if use
+        ]
+        sizes, start = [], 0
+        for source, size in zip(data.train, self.sizes, strict=True):
+            sizes.append(sum(keep[start : start + size]))
+            start += size
+            if not sizes[-1]:
+                raise DataError(
+                    f"{source.path}: no pair is left of {size}: none of its chosen answers scores pairs.min_margin "
+                    "above the rejected one; lower that, set pairs.relabel, or look at the scores."
+                )
+        swapped = sum(use and swap for use, swap in zip(keep, exchange, strict=True))
+        dropped = self.report["dropped"] + len(self) - len(pairs)
+        report = self.report | {"used": len(pairs), "dropped": dropped, "exchanged": swapped}
+        return PreferenceSet(report, pairs, sizes, _stream(data.train, sizes, "train", data.shuffle, seed))
 
 
 def load_preferences(
@@ -335,7 +386,8 @@ def load_preferences(
                 report["used"] += 1
                 report["cut"] += fitted != ids
                 prompt, chosen, rejected = (np.asarray(part, dtype=np.int32) for part in fitted)
-                encoded.append(_Encoded(prompt=prompt, chosen=chosen, rejected=rejected, margin=pair.margin))
+                is_text = isinstance(pair.prompt, str)
+                encoded.append(_Encoded(prompt, chosen, rejected, pair.margin, is_text))
         sizes.append(report["used"] - before["used"])
         if not sizes[-1]:
             gone = {name: report[name] - before[name] for name in report}
@@ -344,13 +396,12 @@ def load_preferences(
                 "differ beyond it"
             )
             raise DataError(_none_left(source, rows=gone["rows"], unusable=gone["unusable"], too_long=too_long))
-    stream = Stream(
-        sizes=sizes,
-        weights=[source.weight for source in selected],
-        seed=derive_seed(seed, "preferences", sources),
-        shuffle=data.shuffle,
-    )
-    return PreferenceSet(report=report, pairs=encoded, stream=stream)
+    return PreferenceSet(report, encoded, sizes, _stream(selected, sizes, sources, data.shuffle, seed))
+
+
+def _stream(sources: Sequence[Source], sizes: Sequence[int], name: str, shuffle: bool, seed: int) -> Stream:
+    weights = [source.weight for source in sources]
+    return Stream(sizes=sizes, weights=weights, seed=derive_seed(seed, "preferences", name), shuffle=shuffle)
 
 
 _Ids = tuple[list[int], list[int], list[int]]

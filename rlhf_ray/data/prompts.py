@@ -237,6 +237,25 @@ def load_prompts(
     )
 
 
+def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Prompts:
+    """Texts as prompts, numbered from 0; with `chat` as a user's messages in the tokenizer's chat template.
+
+    Raises DataError for a text without a token, and where there is no chat template.
+    """
+    rows = [
+        _Row(f"prompt {number}", [{"role": "user", "content": text}] if chat else text, None)
+        for number, text in enumerate(texts, 1)
+    ]
+    encoded = _encode(Encoder.of(tokenizer), rows, keep_text=True)
+    return Prompts(
+        token_ids=[token_ids for token_ids, _ in encoded],
+        texts=[text for _, text in encoded],
+        answers=[None] * len(rows),
+        ids=list(range(len(rows))),
+        repeats=[0] * len(rows),
+    )
+
+
 def _why_dropped(data: PromptData) -> str:
     if data.prompt_length is not None:
         return f"shorter than data.prompt_length.min ({data.prompt_length.min} tokens)"

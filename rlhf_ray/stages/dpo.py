@@ -1,11 +1,125 @@
-"""A DPO stage."""
+"""A DPO stage: its pairs, its reference or what is known of it, and its samples."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import pyarrow.parquet as pq
+
 from rlhf_ray.config import schema
-from rlhf_ray.stages.site import Site
+from rlhf_ray.data.pair_scores import choose_pairs, pair_table, read_scores
+from rlhf_ray.data.reference_cache import ReferenceCache, cache_folder, reference_key
+from rlhf_ray.distributed.groups import RayGroup
+from rlhf_ray.distributed.placement import RoleRequest
+from rlhf_ray.models.digests import model_digest
+from rlhf_ray.stages.actors import Actors, generator_request, learner_request, reference_request, scorer_requests
+from rlhf_ray.stages.site import LearnerParts, Site, StageData
+from rlhf_ray.trainers.dpo import DpoGroups, References, Samples, score_pairs, train_dpo, unknown_answers
+from rlhf_ray.trainers.durable import write_file
+from rlhf_ray.trainers.run import StageRun
+from rlhf_ray.trainers.sft import total_steps
+from rlhf_ray.trainers.weight_sync import WeightSync
+from rlhf_ray.workers.learner import Learner
+
+SCORES = "pairs.parquet"
 
 
 def run_dpo(site: Site, stage: schema.Dpo) -> None:
     """Trains the policy, or goes on with it, to the stage's model."""
-    raise NotImplementedError(stage.method)
+    model = site.initial_model(stage)
+    data = site.data(stage, model)
+    if stage.scores_pairs:
+        data = _scored(site, stage, data, model)
+    total = total_steps(stage, data.train)
+    with site.stage_run(stage, total=total, data=data) as run, _cache(site, stage, model, run) as cache:
+        asks = _asks_reference(stage, data, cache, run)
+        requests = _requests(stage, asks_reference=asks, gpus=site.cluster.gpus)
+        with site.cluster.reserve(requests) as placement:
+            actors = Actors(site, stage, placement, model)
+            policy = actors.learner(
+                "policy",
+                stage.policy,
+                head="none",
+                total_steps=total,
+                dropout=stage.dropout,
+                packing=stage.packing,
+            )
+            reference = actors.reference(stage.reference) if asks else None
+            samples = None if stage.generator is None else _samples(site, stage, actors, policy, data)
+            rewards = actors.scorers(stage.reward) if stage.generator is not None else {}
+            actors.wait()
+            groups = DpoGroups(policy, reference, rewards)
+            run.start_or_resume(LearnerParts({"policy": policy}))
+            train_dpo(stage, groups, data.train, data.held_out, References(groups, cache), samples, run)
+            run.finish()
+
+
+def _requests(stage: schema.Dpo, *, asks_reference: bool, gpus: float) -> list[RoleRequest]:
+    requests = [learner_request("policy", stage.policy)]
+    if asks_reference:
+        requests.append(reference_request(stage.reference))
+    if stage.generator is not None:
+        requests += [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
+    return requests
+
+
+def _samples(site: Site, stage: schema.Dpo, actors: Actors, policy: RayGroup[Learner], data: StageData) -> Samples:
+    assert stage.generator is not None, "samples come from a generator"
+    settings = stage.evaluation
+    prompts = data.held_out.prompts(settings.prompts, data.tokenizer)
+    longest = max(len(tokens) for tokens in prompts.token_ids)
+    generator = actors.generator(stage.generator, max_length=longest + settings.max_new_tokens)
+    weights = WeightSync(
+        policy,
+        generator,
+        settings=site.config.placement,
+        generator_settings=stage.generator,
+        learner_dtype=stage.policy.dtype,
+    )
+    return Samples(generator, weights, prompts)
+
+
+def _scored(site: Site, stage: schema.Dpo, data: StageData, model: str) -> StageData:
+    """The data with the training pairs that the scorers leave; what those said is kept for a resumed run."""
+    path = site.folder.stage(stage.name) / SCORES
+    if not path.exists():
+        with site.cluster.reserve(scorer_requests(stage.reward)) as placement:
+            actors = Actors(site, stage, placement, model)
+            scorers = actors.scorers(stage.reward)
+            actors.wait()
+            scores = score_pairs(stage, scorers, data.train, data.tokenizer)
+        table = pair_table(data.train, scores, stage.pairs, data.tokenizer)
+        write_file(path, partial(pq.write_table, table, compression="zstd"))
+    pairs = choose_pairs(stage.data, data.train, read_scores(path), stage.pairs, seed=site.config.seed)
+    return replace(data, train=pairs)
+
+
+@contextmanager
+def _cache(site: Site, stage: schema.Dpo, model: str, run: StageRun) -> Iterator[ReferenceCache | None]:
+    """What is known of the reference; None where nothing is to be."""
+    if not (stage.needs_reference and stage.cache):
+        yield None
+        return
+    settings = stage.reference
+    own = settings.model
+    weights = (
+        model_digest(model, stage.policy.revision) if own is None else model_digest(site.model(own), settings.revision)
+    )
+    on_gpu = bool(site.cluster.gpus if settings.gpus is None else settings.gpus)
+    key = reference_key({"weights": weights, "dtype": settings.dtype, "device": "gpu" if on_gpu else "cpu"})
+    with ReferenceCache(cache_folder(stage.cache_dir), key, run.message) as cache:
+        yield cache
+
+
+def _asks_reference(stage: schema.Dpo, data: StageData, cache: ReferenceCache | None, run: StageRun) -> bool:
+    """Whether somebody has to be there for the reference: for answers that are not known, or for samples."""
+    if not stage.needs_reference:
+        return False
+    if cache is None:
+        return True
+    unknown, answers = unknown_answers(stage, cache, data.train, data.held_out, steps=run.total)
+    run.message(f"reference: {answers - unknown} of {answers} answers are in the cache {cache.folder.parent}")
+    return unknown > 0 or stage.generator is not None

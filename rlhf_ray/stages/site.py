@@ -215,6 +215,6 @@ def absolute(name: str) -> str:
 
 def _report(run: StageRun, what: str, report: Mapping[str, int]) -> None:
     """Says how many rows were dropped or cut, where any were."""
-    if report.get("dropped") or report.get("cut"):
+    if any(report.get(name) for name in ("dropped", "cut", "exchanged")):
         counts = ", ".join(f"{count} {name}" for name, count in report.items())
         run.message(f"{what} data: {counts}")

@@ -1,8 +1,11 @@
-"""Evaluation of the policy on held-out prompts."""
+"""Evaluation of a policy by its responses to held-out prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Prompts, Rollouts
@@ -15,7 +18,10 @@ from rlhf_ray.workers.scorers import RewardScorer
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The policy's responses to held-out prompts, their scores [B], each scorer's part, and the metrics."""
+    """The policy's responses to held-out prompts, their scores [B], each scorer's part, and the metrics.
+
+    Without a scorer the scores are NaN.
+    """
 
     rollouts: Rollouts
     scores: SequenceFloat
@@ -24,40 +30,46 @@ class Evaluation:
 
 
 def evaluate_prompts(
-    config: schema.Ppo,
     generator: WorkerGroup[Generator],
-    rewards: dict[str, WorkerGroup[RewardScorer]],
     held_out: Prompts,
+    sampling: schema.Sampling,
+    *,
+    scorers: Mapping[str, WorkerGroup[RewardScorer]],
+    rewards: tuple[schema.Reward, ...],
 ) -> Evaluation:
-    """Samples with the same seeds in every evaluation, so that two of them compare the weights alone."""
-    settings = config.evaluation
-    sampling = schema.Sampling(
-        temperature=settings.temperature,
-        samples_per_prompt=settings.samples_per_prompt,
-        min_new_tokens=config.sampling.min_new_tokens,
-        max_new_tokens=settings.max_new_tokens or config.sampling.max_new_tokens,
-        stop=config.sampling.stop,
-    )
+    """Samples with the same seeds in every evaluation, so that two of them compare the weights alone.
+
+    Args:
+        generator: the engines, which hold the policy's weights.
+        held_out: the prompts.
+        sampling: how responses are sampled.
+        scorers: one group for each scorer, by its name in the metrics; there may be none.
+        rewards: their settings, in the same order.
+    """
     rollouts = generator.split(Generator.generate, held_out, sampling, iteration=0).result()
-    scores, parts = score_rollouts(config.reward, rewards, rollouts)
     metrics = {
-        "evaluation/reward_mean": float(scores.mean()),
-        "evaluation/reward_std": float(scores.std(correction=0)),
         "evaluation/length_mean": float(rollouts.sequences.response_mask.sum(1).float().mean()),
         "evaluation/finished_share": float(rollouts.finished.float().mean()),
         "evaluation/distinct_bigram_share": distinct_bigram_share(rollouts.responses),
+    }
+    if not scorers:
+        return Evaluation(rollouts, torch.full((len(rollouts),), torch.nan), {}, metrics)
+    scores, parts = score_rollouts(rewards, scorers, rollouts)
+    metrics |= {
+        "evaluation/reward_mean": float(scores.mean()),
+        "evaluation/reward_std": float(scores.std(correction=0)),
     }
     metrics |= {f"evaluation/{name}_mean": float(part.mean()) for name, part in parts.items() if len(parts) > 1}
     return Evaluation(rollouts, scores, parts, metrics)
 
 
 def score_rollouts(
-    settings: tuple[schema.Reward, ...], rewards: dict[str, WorkerGroup[RewardScorer]], rollouts: Rollouts
+    rewards: tuple[schema.Reward, ...], scorers: Mapping[str, WorkerGroup[RewardScorer]], rollouts: Rollouts
 ) -> tuple[SequenceFloat, dict[str, SequenceFloat]]:
     """[B] weighted sums of the scorers' scores, and each scorer's own by name."""
-    scored = gather(*(group.split(RewardScorer.score, rollouts) for group in rewards.values()))
-    parts = dict(zip(rewards, scored, strict=True))
-    return weighted_sum(settings, parts), parts
+    scored = gather(*(group.split(RewardScorer.score, rollouts) for group in scorers.values()))
+    parts = dict(zip(scorers, scored, strict=True))
+    return weighted_sum(rewards, parts), parts
 
 
 def worker_metrics(
@@ -80,7 +92,7 @@ def worker_metrics(
     return metrics
 
 
-def weighted_sum(rewards: tuple[schema.Reward, ...], parts: dict[str, SequenceFloat]) -> SequenceFloat:
+def weighted_sum(rewards: tuple[schema.Reward, ...], parts: Mapping[str, SequenceFloat]) -> SequenceFloat:
     """[B] the scorers' scores, each times its weight, summed."""
     weighted = [settings.weight * scores for settings, scores in zip(rewards, parts.values(), strict=True)]
     total = weighted[0]

@@ -29,6 +29,7 @@ from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum, worker_metrics
 from rlhf_ray.trainers.metrics import experience_metrics, prefixed, rollout_metrics
+from rlhf_ray.trainers.reference import reference_logprobs
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
@@ -45,7 +46,7 @@ class PpoGroups:
 
     Args:
         critic: the policy group itself where the value head sits on the policy's trunk; None for the group estimators.
-        reference: None where the KL term is off.
+        reference: None where the KL term is off, or where the policy with its adapter off is the reference.
         rewards: one group for each scorer, by its name in the metrics.
     """
 
@@ -118,9 +119,24 @@ def evaluate(
     if held_out is None:
         return {}
     with run.evaluating():
-        found = evaluate_prompts(config, groups.generator, groups.rewards, held_out.all())
+        sampling = evaluation_sampling(config)
+        found = evaluate_prompts(
+            groups.generator, held_out.all(), sampling, scorers=groups.rewards, rewards=config.reward
+        )
         run.write_evaluation(found.rollouts, iteration=iteration, scores=found.scores, parts=found.parts)
     return found.metrics
+
+
+def evaluation_sampling(config: schema.Ppo) -> schema.Sampling:
+    """How an evaluation samples: lengths and stop strings are training's, filters and penalties are off."""
+    settings = config.evaluation
+    return schema.Sampling(
+        temperature=settings.temperature,
+        samples_per_prompt=settings.samples_per_prompt,
+        min_new_tokens=config.sampling.min_new_tokens,
+        max_new_tokens=settings.max_new_tokens or config.sampling.max_new_tokens,
+        stop=config.sampling.stop,
+    )
 
 
 def gather_judgements(
@@ -130,7 +146,11 @@ def gather_judgements(
     temperature = config.sampling.temperature
     sequences = rollouts.sequences
     scores = [group.split(RewardScorer.score, rollouts) for group in groups.rewards.values()]
-    reference = groups.reference and groups.reference.split(ReferenceScorer.logprobs, sequences, temperature)
+    reference = (
+        None
+        if config.kl_place == "off"
+        else reference_logprobs(groups.reference, groups.policy, sequences, temperature)
+    )
     recompute = config.old_logprobs == "learner"
     old = groups.policy.split(Learner.logprobs, sequences) if recompute else None
     values = groups.critic and groups.critic.split(Learner.values, sequences)

@@ -20,6 +20,7 @@ The folder:
     config.yaml  metrics.jsonl  tensorboard/
     <stage>/rollouts/iteration_000001.parquet     every sample
     <stage>/evaluation/iteration_000000.parquet   every sample of an evaluation
+    <stage>/evaluation/preferences_000060.json    what the scores of held-out pairs say
     <stage>/checkpoints/iteration_000010/
     <stage>/best/  <stage>/model/                 Hugging Face directories
     <stage>/data/part_000001.parquet              what a collect stage keeps, instead of a model
@@ -64,6 +65,7 @@ from rlhf_ray.trainers.journal import read_rollouts, write_rollouts
 from rlhf_ray.trainers.metrics import FILE as METRICS
 from rlhf_ray.trainers.metrics import MetricLog, Number, read_metrics
 from rlhf_ray.trainers.model_card import write_model_card
+from rlhf_ray.trainers.preference_report import PreferenceReport, report_tables, write_report
 from rlhf_ray.trainers.view import SamplePair, Summary, Unit, View, open_view
 
 CONFIG = "config.yaml"
@@ -309,6 +311,7 @@ class StageRun:
         self._first_evaluation: dict[str, float] = {}
         self._last_evaluation: dict[str, float] = {}
         self._last_metrics: dict[str, Number] = {}
+        self._last_report: PreferenceReport | None = None
         self._elapsed_s = 0.0
         self._session_start = self._iteration_start = time.monotonic()
         self._pending: dict[str, float] = {}
@@ -425,9 +428,17 @@ class StageRun:
         iteration: int,
         scores: SequenceFloat,
         parts: Mapping[str, SequenceFloat] | None = None,
+        kl: SequenceFloat | None = None,
     ) -> None:
         """Keeps the samples of the evaluation after this iteration; first and last are shown at the end."""
-        write_rollouts(self._evaluation_path(iteration), rollouts, scores=scores, parts=parts)
+        write_rollouts(self._evaluation_path(iteration), rollouts, scores=scores, parts=parts, kl=kl)
+
+    def write_report(self, report: PreferenceReport, *, iteration: int, margins: SequenceFloat) -> None:
+        """Keeps what the evaluation after this iteration found on preferences; the last one is shown at the end."""
+        assert self._log is not None, "start_or_resume comes first"
+        write_report(self.folder / "evaluation" / f"preferences_{iteration:06}.json", report)
+        self._log.write_histogram(iteration, "evaluation/margins", margins)
+        self._last_report = report
 
     def finish_iteration(self, metrics: Mapping[str, Any]) -> None:
         """Ends an iteration: logs metrics, times and rates, writes the best model and the checkpoint that are due.
@@ -475,6 +486,8 @@ class StageRun:
         write_text(self.folder / DONE, json.dumps(values, indent=1))
         outputs = {self.output.name: self.output} | ({"best model": result.best} if result.best else {})
         self._view.summary(Summary(outputs, result.before, result.after, self._sample_pairs(), result.elapsed_s))
+        if self._last_report is not None:
+            self._view.show(report_tables(self._last_report, histogram=False))
         self._stop_if_requested()
         return result
 
@@ -636,7 +649,7 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 
 
 # Calls that pass over an iteration's tokens; the policy's rate is that of learning, not of its log-probabilities.
-_RATED = ("generate", "score", "logprobs", "update")
+_RATED = ("generate", "score", "logprobs", "answer_logprobs", "update")
 _NO_RATE = (("policy", "logprobs"),)
 
 

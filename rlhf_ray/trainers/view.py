@@ -107,6 +107,9 @@ class View(Protocol):
     def summary(self, summary: Summary) -> None:
         """The stage has ended."""
 
+    def show(self, tables: RenderableType) -> None:
+        """Something with more than one line, after the summary."""
+
 
 def open_view(
     stage: str, total: int, recorder: Recorder, *, unit: Unit = "iteration", console: Console | None = None
@@ -208,10 +211,14 @@ class PlainView:
             self._print(f"{name}: {after}" if before is None else f"{name}: {before} before, {after} after")
         for pair in summary.samples:
             self._print(f"prompt: {clip(pair.prompt, 200)}")
-            self._print(f"  before ({pair.score_before:+.3f}): {clip(pair.before, 300)}")
-            self._print(f"  after  ({pair.score_after:+.3f}): {clip(pair.after, 300)}")
+            before, after = _shown_score(pair.score_before), _shown_score(pair.score_after)
+            self._print(f"  before ({before}): {clip(pair.before, 300)}")
+            self._print(f"  after  ({after}): {clip(pair.after, 300)}")
         for name, path in summary.outputs.items():
             self._print(f"{name}: {_shown(path)}")
+
+    def show(self, tables: RenderableType) -> None:
+        Console(file=self._out, highlight=False).print(tables)
 
     def _print(self, text: str) -> None:
         print(f"[{self._stage}] {text}", file=self._out, flush=True)
@@ -265,6 +272,9 @@ class LiveView:
         if summary.samples:
             self._console.print(_sample_table(summary.samples))
 
+    def show(self, tables: RenderableType) -> None:
+        self._console.print(tables)
+
     def __rich__(self) -> RenderableType:
         pace = self._pace
         body = Table.grid(padding=(0, 2), expand=True)
@@ -312,19 +322,30 @@ def _sample_table(samples: Sequence[SamplePair]) -> Table:
     for pair in samples:
         table.add_row(
             Text(clip(pair.prompt, 200)),
-            Text.assemble((f"{pair.score_before:+.3f}  ", "bold yellow"), clip(pair.before, 300)),
-            Text.assemble((f"{pair.score_after:+.3f}  ", "bold green"), clip(pair.after, 300)),
+            Text.assemble((f"{_shown_score(pair.score_before)}  ", "bold yellow"), clip(pair.before, 300)),
+            Text.assemble((f"{_shown_score(pair.score_after)}  ", "bold green"), clip(pair.after, 300)),
         )
     return table
+
+
+def _shown_score(score: float) -> str:
+    return "no score" if math.isnan(score) else f"{score:+.3f}"
 
 
 def shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Label and value of the metrics that a person wants to see first."""
     return [
-        (label, form.format(metrics[name]))
+        (label, form.format(metrics[name]) + (_scorers(metrics) if name == "reward/mean" else ""))
         for label, name, form in _FIELDS
         if name in metrics and _LESS_THAN.get(name) not in metrics
     ]
+
+
+def _scorers(metrics: Mapping[str, float]) -> str:
+    """Name and mean of each scorer, weight 0 included, where there are several: ` (learned 0.894, sentiment 0.567)`."""
+    found = {name: re.fullmatch(r"reward/([\w-]+)_mean", name) for name in metrics if name != "reward/shaped_mean"}
+    parts = [f"{match[1]} {metrics[name]:z.3f}" for name, match in found.items() if match]
+    return f" ({', '.join(parts)})" if len(parts) > 1 else ""
 
 
 def comparisons(summary: Summary) -> list[tuple[str, str | None, str]]:

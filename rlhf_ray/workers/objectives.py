@@ -12,10 +12,19 @@ from typing import Protocol, TypeVar
 from rlhf_ray.algorithms.language_losses import negative_log_likelihood
 from rlhf_ray.algorithms.masked import Unit
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
-from rlhf_ray.algorithms.preference_losses import BradleyTerryLoss
-from rlhf_ray.data.batches import Batch, Experience, PreferencePairs, Sequences
+from rlhf_ray.algorithms.preference_losses import (
+    AnswerLogprobs,
+    BradleyTerryLoss,
+    ChosenLoss,
+    DpoLoss,
+    IpoLoss,
+    OrpoLoss,
+    SimpoLoss,
+    answer_logprobs,
+)
+from rlhf_ray.data.batches import Batch, Experience, PreferencePairs, ReferencedPairs, Sequences
 from rlhf_ray.models.forward import Entropy, Outputs
-from rlhf_ray.shapes import Scalar
+from rlhf_ray.shapes import Scalar, SequenceFloat, TokenFloat
 
 B = TypeVar("B", bound=Batch, contravariant=True)
 Sums = tuple[Scalar, dict[str, Scalar]]
@@ -184,3 +193,62 @@ class BradleyTerryObjective:
         """Sum over the pairs; an answer's score is read at its last token."""
         chosen, rejected = outputs.final_values.chunk(2)
         return BradleyTerryLoss()(chosen, rejected, rows.margins)
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """DPO's loss or one of its relatives, with the likelihood of the chosen answers as a term where `nll` is given."""
+
+    loss: DpoLoss | IpoLoss | SimpoLoss | OrpoLoss
+    nll: ChosenLoss | None
+
+    @property
+    def unit(self) -> Unit:
+        """Pairs."""
+        return self.loss.unit
+
+    @property
+    def entropy(self) -> Entropy:
+        """Not read."""
+        return "off"
+
+    def sequences(self, batch: ReferencedPairs) -> Sequences:
+        """All chosen answers, then all rejected ones."""
+        return Sequences.concat([batch.pairs.chosen, batch.pairs.rejected])
+
+    def __call__(self, outputs: Outputs, rows: ReferencedPairs) -> Sums:
+        """Sum over the pairs."""
+        return self.judge(outputs.logprobs, rows)
+
+    def judge(self, logprobs: TokenFloat, rows: ReferencedPairs) -> Sums:
+        """(sum of the loss, sums of the metrics) over the pairs.
+
+        Args:
+            logprobs: [2B, T] the policy's log-probabilities of the rows of `sequences`.
+            rows: the pairs.
+        """
+        chosen, rejected = self._sides(logprobs, rows)
+        if isinstance(self.loss, DpoLoss | IpoLoss):
+            loss, metrics = self.loss(chosen, rejected, **_reference(rows))
+        else:
+            loss, metrics = self.loss(chosen, rejected)
+        if self.nll is None:
+            return loss, metrics
+        term = self.nll(chosen)
+        return loss + term, metrics | {"nll_loss": term.detach()}
+
+    def rewards(self, logprobs: TokenFloat, rows: ReferencedPairs) -> tuple[SequenceFloat, SequenceFloat]:
+        """Implicit rewards [B] of the chosen and of the rejected answers; arguments as of `judge`."""
+        chosen, rejected = self._sides(logprobs, rows)
+        if isinstance(self.loss, DpoLoss | IpoLoss):
+            return self.loss.rewards(chosen, rejected, **_reference(rows))
+        return self.loss.rewards(chosen, rejected)
+
+    def _sides(self, logprobs: TokenFloat, rows: ReferencedPairs) -> tuple[AnswerLogprobs, AnswerLogprobs]:
+        both = answer_logprobs(logprobs, self.sequences(rows).response_mask)
+        totals, lengths = both.total.chunk(2), both.length.chunk(2)
+        return AnswerLogprobs(totals[0], lengths[0]), AnswerLogprobs(totals[1], lengths[1])
+
+
+def _reference(rows: ReferencedPairs) -> dict[str, SequenceFloat]:
+    return {"reference_chosen": rows.reference_chosen, "reference_rejected": rows.reference_rejected}

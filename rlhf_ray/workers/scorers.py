@@ -76,6 +76,22 @@ class ReferenceScorer:
             result[rows] = outputs.logprobs.float().cpu()
         return result
 
+    @torch.no_grad()
+    def answer_logprobs(self, sequences: Sequences) -> SequenceFloat:
+        """[B] float32 log-probability of each row's response at temperature 1.
+
+        On a CPU every row goes through the network alone, so that its number is the same bits beside any other rows.
+        """
+        result = torch.zeros(len(sequences))
+        alone = None if self._layout == "packed" else 1
+        lengths = sequences.lengths().tolist()
+        for rows in plan_micro_batches(lengths, max_tokens=self._max_tokens, max_sequences=alone):
+            chosen = sequences.select(rows)
+            outputs = forward(self._network, chosen, layout=self._layout, device=self._device)
+            for row, logprobs, mask in zip(rows, outputs.logprobs.double().cpu(), chosen.response_mask, strict=True):
+                result[row] = logprobs[mask].sum()
+        return result
+
     def memory(self) -> float:
         """Peak memory in GiB: of the GPU where there is one, else of the process."""
         return peak_memory_gib()

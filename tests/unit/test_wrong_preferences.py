@@ -110,13 +110,14 @@ def test_wrong_evaluation_pairs_are_found_too() -> None:
     assert check_preferences(good) == {"train": 2, "evaluation": 8000}
 
 
+@pytest.mark.parametrize("method", ["reward_model", "dpo"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_command_line_names_file_and_row_and_exits_with_2(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "pipeline.yaml"
     file.write_text(
-        f"run_dir: {tmp_path}/run\nmethod: reward_model\npolicy: {{model: somebody/some-model}}\n"
+        f"run_dir: {tmp_path}/run\nmethod: {method}\npolicy: {{model: somebody/some-model}}\n"
         f"data: {{train: {CORPUS / name}}}\n"
     )
     with pytest.raises(SystemExit) as exit_:
@@ -126,4 +127,19 @@ def test_the_command_line_names_file_and_row_and_exits_with_2(
     place, *words = PAIRS[name]
     assert f"{CORPUS / name}{place}: " in error
     assert words[0] in error
+    assert "Traceback" not in error
+
+
+def test_no_pair_left_after_dropping_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = CORPUS / "pair_all_equal.jsonl"
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        f"run_dir: {tmp_path}/run\nmethod: dpo\npolicy: {{model: somebody/some-model}}\n"
+        f"data: {{train: {path}, unusable: drop}}\n"
+    )
+    with pytest.raises(SystemExit) as exit_:
+        main(["check", str(file)])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2, error
+    assert f"{path}: no pair is left of 2" in error
     assert "Traceback" not in error

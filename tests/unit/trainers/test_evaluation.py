@@ -9,6 +9,7 @@ import torch
 
 from rlhf_ray.config import schema
 from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum
+from rlhf_ray.trainers.ppo import evaluation_sampling
 from tests.unit.trainers.fake_workers import Events, FakePrompts, ppo_groups, ppo_settings
 
 TWO_REWARDS = [
@@ -19,7 +20,8 @@ TWO_REWARDS = [
 
 def evaluated(config: schema.Ppo, events: Events, scores: dict[str, float] | None = None):
     groups = ppo_groups(events, scores=scores)
-    return evaluate_prompts(config, groups.generator, groups.rewards, FakePrompts().all()), groups
+    prompts, sampling = FakePrompts().all(), evaluation_sampling(config)
+    return evaluate_prompts(groups.generator, prompts, sampling, scorers=groups.rewards, rewards=config.reward), groups
 
 
 def test_two_evaluations_ask_for_the_same_seeds() -> None:

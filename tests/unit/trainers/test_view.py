@@ -70,6 +70,12 @@ def test_a_reward_run_shows_rewards_and_a_tuning_run_its_loss():
     assert shown({"policy/loss": 0.1}) == [("loss", "0.1000")]
 
 
+def test_several_scorers_stand_beside_the_reward():
+    one = {"reward/mean": 0.9, "reward/learned_mean": 0.9, "reward/shaped_mean": 0.8, "reward/max": 1.0}
+    assert shown(one) == [("reward", "0.900")]
+    assert shown(one | {"reward/true-joy_mean": 0.25}) == [("reward", "0.900 (learned 0.900, true-joy 0.250)")]
+
+
 def test_a_pipe_gets_a_line_per_iteration():
     out = io.StringIO()
     view = open_view("ppo", 2, Recorder(), console=Console(file=out))

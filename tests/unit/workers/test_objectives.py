@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
-from rlhf_ray.data.batches import Experience, PreferencePairs, make_sequences
+from rlhf_ray.algorithms.preference_losses import ChosenLoss, DpoLoss, SimpoLoss
+from rlhf_ray.data.batches import Experience, PreferencePairs, ReferencedPairs, make_sequences
 from rlhf_ray.models.forward import Outputs
 from rlhf_ray.workers.objectives import (
     BradleyTerryObjective,
     JointObjective,
     LanguageObjective,
     PolicyObjective,
+    PreferenceObjective,
     ValueObjective,
 )
 
@@ -90,6 +92,41 @@ def test_bradley_terry() -> None:
     assert loss.item() == pytest.approx(log(1 + exp(-1)) + log(1 + exp(2.5)))
     assert metrics["accuracy"].item() == 1
     assert metrics["margin"].item() == pytest.approx(1 - 2)
+
+
+def test_preferences() -> None:
+    pairs = PreferencePairs(
+        chosen=make_sequences([[1], [1]], [[2, 3], [2]]),
+        rejected=make_sequences([[1], [1]], [[4], [4, 5, 6]]),
+        ids=[0, 1],
+        margins=torch.zeros(2),
+    )
+    rows = ReferencedPairs(pairs, torch.tensor([-5.0, -2.0]), torch.tensor([-3.0, -6.0]))
+    # Chosen answers of -1 - 2 and -1, rejected ones of -4 and -1 - 2 - 3; what is not an answer's is not read.
+    logprobs = torch.tensor([[9.0, -1, -2, 9], [9, -1, 9, 9], [9, -4, 9, 9], [9, -1, -2, -3]])
+    outputs = Outputs(logprobs, torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(4))
+    objective = PreferenceObjective(DpoLoss(beta=0.5, label_smoothing=0.0), None)
+    assert objective.unit == "pair"
+    assert objective.sequences(rows).lengths().tolist() == [3, 2, 2, 4]
+    loss, metrics = objective(outputs, rows)
+    # Rewards 0.5 * (2, 1) and 0.5 * (-1, 0).
+    assert [side.tolist() for side in objective.rewards(logprobs, rows)] == [[1.0, 0.5], [-0.5, 0.0]]
+    assert loss.item() == pytest.approx(log(1 + exp(-1.5)) + log(1 + exp(-0.5)))
+    assert metrics["margin"].item() == pytest.approx(2)
+    assert metrics["rejected_logprob"].item() == pytest.approx(-10)
+    with_nll, metrics = PreferenceObjective(objective.loss, ChosenLoss(0.2))(outputs, rows)
+    assert metrics["nll_loss"].item() == pytest.approx(0.2 * (1.5 + 1))
+    assert with_nll.item() == pytest.approx(loss.item() + 0.5)
+
+
+def test_a_loss_without_a_reference_reads_none() -> None:
+    pairs = PreferencePairs(make_sequences([[1]], [[2, 3]]), make_sequences([[1]], [[4]]), [0], torch.zeros(1))
+    rows = ReferencedPairs(pairs, torch.full((1,), torch.nan), torch.full((1,), torch.nan))
+    logprobs = torch.tensor([[0.0, -1, -2], [0, -4, 0]])
+    objective = PreferenceObjective(SimpoLoss(beta=2.0, gamma=0.5), None)
+    # 2 * (-1.5) - 2 * (-4) - 0.5
+    assert objective.judge(logprobs, rows)[0].item() == pytest.approx(log(1 + exp(-4.5)))
+    assert [side.tolist() for side in objective.rewards(logprobs, rows)] == [[-3.0], [-8.0]]
 
 
 def test_entropy_is_trained_only_where_its_weight_is_not_zero() -> None:

@@ -88,6 +88,17 @@ def test_reference_gives_the_log_softmax_of_the_scaled_logits(models: SimpleName
     assert (found[~mask] == 0).all()
 
 
+def test_an_answers_log_probability_is_the_same_bits_beside_any_other_rows(models: SimpleNamespace) -> None:
+    scorer = ReferenceScorer(PLACE, config=schema.Reference(), model=models.policy)
+    sequences = make_rollouts(models.policy).sequences
+    found = scorer.answer_logprobs(sequences)
+    totals = scorer.logprobs(sequences, 1.0).sum(1)
+    torch.testing.assert_close(found, totals, atol=1e-4, rtol=0)
+    assert found.dtype == torch.float32
+    for rows in ([0], [2, 1], [1, 1, 0, 2, 0]):
+        assert torch.equal(scorer.answer_logprobs(sequences.select(rows)), found[rows])
+
+
 # Reward models
 
 

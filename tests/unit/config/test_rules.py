@@ -168,9 +168,9 @@ def test_who_may_read_the_data_of_a_collect_stage(tmp_path: Path) -> None:
     assert problems_after(tmp_path, texts, reader("sft")) == []
     assert problems_after(tmp_path, {}, reader("sft")) == ["1.data.train.0.path"]
     rows = [{"path": "stage:c", "rows": 5, "weight": 2}, "synthetic:preferences"]
-    assert problems_after(tmp_path, {}, reader("dpo", train=rows, columns={"margin": "margin"})) == []
+    assert problems_after(tmp_path, {}, reader("reward_model", train=rows, columns={"margin": "margin"})) == []
     columns = {"prompt": "question", "margin": "gap"}
-    assert problems_after(tmp_path, {}, reader("dpo", columns=columns)) == [
+    assert problems_after(tmp_path, {}, reader("reward_model", columns=columns)) == [
         "1.data.columns.prompt",
         "1.data.columns.margin",
     ]

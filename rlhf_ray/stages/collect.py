@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.collected import check_form
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.stages.actors import Actors, generator_request, scorer_requests
 from rlhf_ray.stages.site import Site, stage_seed
@@ -14,7 +13,6 @@ def run_collect(site: Site, stage: schema.Collect) -> None:
     """Samples, scores and writes, or goes on with it, to the stage's data."""
     model = site.initial_model(stage)
     data = site.data(stage, model)
-    check_form(data.train)
     requests = [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=site.cluster.gpus)]
     with (
         site.stage_run(stage, total=batches(stage, data.train), data=data) as run,

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
+from rlhf_ray.data.collected import check_form
 from rlhf_ray.data.preferences import PreferenceSet, load_preferences
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.seeds import derive_seed
@@ -157,6 +158,8 @@ def load_data(stage: schema.Stage, model: Any, seed: int) -> StageData:
     load = _LOADERS[stage.method]
     seed = stage_seed(stage, seed)
     train = load(stage.data, tokenizer, seed=seed, sources="train")
+    if isinstance(train, PromptSet) and isinstance(stage, schema.Collect):
+        check_form(train)
     held_out = load(stage.data, tokenizer, seed=seed, sources="evaluation") if stage.data.evaluation else None
     return StageData(train, held_out, tokenizer)
 

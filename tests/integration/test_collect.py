@@ -25,7 +25,7 @@ from tests.integration.tiny_runs import comparable, run, tiny_ppo
 ROOT = Path(__file__).parents[2]
 
 
-def stages(base: schema.Pipeline) -> list[dict[str, Any]]:
+def stages(base: schema.Pipeline, *, engines: int) -> list[dict[str, Any]]:
     """Texts for sft, and pairs of what that makes for a reward model."""
     ppo = base.stages[0].model_dump()
     model, prompts = ppo["policy"]["model"], ppo["data"]["train"][0]["path"]
@@ -40,7 +40,7 @@ def stages(base: schema.Pipeline) -> list[dict[str, Any]]:
     texts = {"name": "texts", "policy": {"model": model}, "keep": "best_of_n", "prompts_per_batch": 20}
     pairs = {"name": "pairs", "policy": {"model": "stage:sft"}, "keep": "threshold", "min_margin": 0.1, "prompts": 24}
     return [
-        sampled | texts | {"generator": {"workers": 2}},
+        sampled | texts | {"generator": {"workers": engines}},
         {"method": "sft", "policy": {"model": model, **learner}, "data": {"train": "stage:texts"}, "steps": 3},
         sampled | pairs,
         {
@@ -52,10 +52,10 @@ def stages(base: schema.Pipeline) -> list[dict[str, Any]]:
     ]
 
 
-def pipeline(folder: Path, *, name: str, count: int) -> schema.Pipeline:
-    """The first so many of the stages."""
+def pipeline(folder: Path, *, name: str, count: int, engines: int) -> schema.Pipeline:
+    """The first so many of the stages, the texts sampled by so many engines."""
     base = tiny_ppo(folder, run=name)
-    return schema.Pipeline.model_validate(base.model_dump() | {"stages": stages(base)[:count]})
+    return schema.Pipeline.model_validate(base.model_dump() | {"stages": stages(base, engines=engines)[:count]})
 
 
 def written(run_dir: Path, stage: str) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def written(run_dir: Path, stage: str) -> list[dict[str, Any]]:
 def whole(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
     """A folder with a run of all four stages."""
     folder = tmp_path_factory.mktemp("collect")
-    run(pipeline(folder, name="whole", count=4), folder)
+    run(pipeline(folder, name="whole", count=4, engines=2), folder)
     return folder
 
 
@@ -106,8 +106,8 @@ def test_pairs_of_a_trained_policy_train_a_reward_model(whole: Path) -> None:
     assert len(read_metrics(whole / "whole", "reward_model")) >= 2
 
 
-def test_kill_9_then_resume_writes_the_same_rows(whole: Path, cluster: Cluster) -> None:
-    killed = pipeline(whole, name="killed", count=1)
+def test_kill_9_then_resume_writes_the_same_rows_with_another_number_of_engines(whole: Path, cluster: Cluster) -> None:
+    killed = pipeline(whole, name="killed", count=1, engines=1)
     file = whole / "killed.yaml"
     file.write_text(dump_pipeline(killed))
     command = [sys.executable, "-m", "rlhf_ray", "run", str(file)]

@@ -109,6 +109,76 @@ def test_what_is_wrong(settings: dict[str, Any], paths: list[str], tmp_path: Pat
     assert problems(tmp_path, **settings) == paths
 
 
+COLLECT = {
+    "name": "c",
+    "method": "collect",
+    "policy": {"model": "org/model"},
+    "reward": [{"kind": "classifier", "model": "org/judge", "label": "POSITIVE"}],
+    "data": {"train": "synthetic:reviews"},
+}
+"""A collect stage, with the defaults."""
+
+
+def problems_after(folder: Path, collect: dict[str, Any], *stages: dict[str, Any]) -> list[str]:
+    """The problems of a collect stage with these settings and of what follows it, with the stage's number."""
+    values = {"run_dir": "runs/test", "stages": [COLLECT | collect, *stages]}
+    found = check_rules(Pipeline.model_validate(values), pipeline_dir=folder)
+    return [".".join(map(str, problem.path[1:])) for problem in found]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sampling": {"max_new_tokens": 16}, "checkpoints": {"keep": 1}},
+        {"keep": "threshold", "min_margin": 0, "max_pairs": 1},
+        {"keep": "best_worst", "min_margin": 0.5},
+        {"keep": "resample", "beta": 0.1, "draws": 3},
+        {"prompts": 10, "data": {"train": ["org/a", {"path": "org/b", "weight": 2}], "shuffle": False}},
+        {"policy": {"model": "org/model", "revision": "main", "tokenizer": "org/other"}},
+    ],
+)
+def test_what_is_right_in_collect(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert problems_after(tmp_path, settings) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "paths"),
+    [
+        ({"keep": "best_of_n", "draws": 2}, ["0.draws"]),
+        ({"keep": "resample", "max_pairs": 2}, ["0.max_pairs"]),
+        ({"data": {"train": ["org/a", {"path": "org/b", "weight": 2}]}}, ["0.data.train.1.weight"]),
+        ({"data": {"train": {"path": "org/a", "weight": 2}}}, ["0.data.train.0.weight"]),
+        ({"policy": {"model": "./tests", "revision": "main"}}, ["0.policy.model", "0.policy.revision"]),
+        ({"sampling": {"stop": [""]}}, ["0.sampling.stop.0"]),
+    ],
+)
+def test_what_is_wrong_in_collect(settings: dict[str, Any], paths: list[str], tmp_path: Path) -> None:
+    assert problems_after(tmp_path, settings) == paths
+
+
+def test_who_may_read_the_data_of_a_collect_stage(tmp_path: Path) -> None:
+    def reader(method: str, **data: Any) -> dict[str, Any]:
+        return {"method": method, "policy": {"model": "org/model"}, "data": {"train": "stage:c"} | data}
+
+    texts = {"keep": "best_of_n"}
+    for method in ("reward_model", "dpo"):
+        assert problems_after(tmp_path, {}, reader(method)) == []
+        assert problems_after(tmp_path, texts, reader(method)) == ["1.data.train.0.path"]
+    assert problems_after(tmp_path, texts, reader("sft")) == []
+    assert problems_after(tmp_path, {}, reader("sft")) == ["1.data.train.0.path"]
+    rows = [{"path": "stage:c", "rows": 5, "weight": 2}, "synthetic:preferences"]
+    assert problems_after(tmp_path, {}, reader("reward_model", train=rows, columns={"margin": "margin"})) == []
+    columns = {"prompt": "question", "margin": "gap"}
+    assert problems_after(tmp_path, {}, reader("reward_model", columns=columns)) == [
+        "1.data.columns.prompt",
+        "1.data.columns.margin",
+    ]
+    assert problems_after(tmp_path, {}, reader("dpo", evaluation="stage:x")) == ["1.data.evaluation.0.path"]
+    ppo = {**COLLECT, "name": "p", "method": "ppo", "iterations": 1, "data": {"train": "stage:c"}}
+    assert problems_after(tmp_path, {}, ppo) == ["1.data.train.0.path"]
+
+
 def test_a_setting_counts_as_set_only_where_it_is_given() -> None:
     given = pipeline(kl={"target": None, "horizon": 3.0})
     prefix = ("stages", 0, "kl")

@@ -83,6 +83,19 @@ def test_a_folder_of_datasets(tmp_path: Path) -> None:
         open_table(Source(path=str(tmp_path / "one")))
 
 
+def test_a_folder_of_parts_is_read_in_their_order(tmp_path: Path) -> None:
+    schema = pyarrow.Table.from_pylist(ROWS).schema
+    for number, rows in ((10, ROWS[2:]), (2, ROWS[:1]), (3, []), (9, ROWS[1:2])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / f"part_{number:06}.parquet")
+    (tmp_path / "part_000001.parquet.partial").write_bytes(b"")
+    source = Source(path=str(tmp_path))
+    assert read(source, "prompt") == [(f"{tmp_path}: row {i}", (row["prompt"],)) for i, row in enumerate(ROWS, 1)]
+    assert len(read(Source(path=str(tmp_path), rows=2), "prompt")) == 2
+    (tmp_path / "part_000009.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        read(source, "prompt")
+
+
 def test_the_synthetic_corpus() -> None:
     rows = read(Source(path="synthetic:reviews", split="test", rows=3), "prompt", "label")
     assert [place for place, _ in rows] == [f"synthetic:reviews (test): row {i}" for i in (1, 2, 3)]

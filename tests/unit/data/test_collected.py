@@ -128,6 +128,12 @@ def test_texts_that_cannot_give_the_tokens_back_are_counted(tmp_path: Path) -> N
     assert written_texts(samples, [0], Encoder.of(tokenizer)) == ({0: " sat on"}, 0)
 
 
+def test_a_template_that_trims_answers_is_counted(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template=CHATML.replace("m.content", "m.content | trim"), eos="<|im_end|>")
+    samples = sampled(load(tmp_path, tokenizer, [CHAT]), [ids(tokenizer, " good"), ids(tokenizer, "bad")])
+    assert written_texts(samples, [0, 1], Encoder.of(tokenizer)) == ({0: " good", 1: "bad"}, 1)
+
+
 def test_special_tokens_that_change_nothing_are_not_spelled_out(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     # The length limit cut the response behind a special token: no text gives these tokens back.

@@ -46,6 +46,21 @@ def test_batches_of_one_pass_hold_every_prompt_once_and_depend_on_the_iteration_
     assert sorted(prompts.batch(0, 24).ids) == sorted([*range(12), *range(12)])
 
 
+def test_rows_are_those_of_the_data_in_its_order(tmp_path: Path) -> None:
+    prompts = load(tmp_path, [f"prompt {i}" for i in range(5)])
+    assert prompts.rows(0, 3).ids == [0, 1, 2]
+    assert prompts.rows(3, 3).ids == [3, 4]
+    assert prompts.take(2, 2) == prompts.batch(1, 2)
+
+
+def test_messages_are_kept_beside_their_rendered_text(tmp_path: Path) -> None:
+    long, chat = "x" * 30, [{"role": "user", "content": "Hi"}]
+    tokenizer = byte_tokenizer(template=CHATML)
+    prompts = load(tmp_path, [long, "text", chat], tokenizer=tokenizer, max_prompt_tokens=29, too_long="drop")
+    assert prompts.ids == [1, 2]
+    assert [prompts.messages_of(i) for i in prompts.ids] == [[], chat]
+
+
 def test_ids_are_unique_over_sources_and_sources_are_mixed_by_weight(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", [f"a{i}" for i in range(5)])
     second = write(tmp_path / "b.jsonl", [f"b{i}" for i in range(5)])

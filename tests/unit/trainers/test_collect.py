@@ -107,9 +107,11 @@ def test_unfinished_responses_can_be_kept() -> None:
 
 
 def test_the_best_of_n() -> None:
-    found = chosen(["a", "b", "b", "c", "", "", "", ""], [1.0, 3.0, 3.0, 2.0] + [0.0] * 4, keep="best_of_n")
-    assert (found.rows, found.extra) == ([1], {})
-    assert dropped(found) == {"empty": 4, "too_few": 1}
+    texts = ["a", "b", "b", "c", "", "", "", "", "", "d", "e", "f"]
+    scores = [1.0, 3.0, 3.0, 2.0] + [0.0] * 4 + [9.0, 1.0, 2.0, 0.0]
+    found = chosen(texts, scores, keep="best_of_n")
+    assert (found.rows, found.extra) == ([1, 10], {})
+    assert dropped(found) == {"empty": 5, "too_few": 1}
 
 
 def test_the_resample_has_its_weights() -> None:
@@ -125,6 +127,11 @@ def test_the_resample_has_its_weights() -> None:
     assert found.metrics(torch.tensor(scores))["collect/effective_samples"] == pytest.approx(2.8)
     again = chosen(["a", "a", "b", "c", *"defg"], scores, keep="resample", beta=2.0, draws=400)
     assert again == found
+
+
+def test_each_prompt_has_draws_of_its_own() -> None:
+    found = chosen(["a", "b", "c", "d"] * 20, [0.0] * 80, keep="resample")
+    assert len({row % 4 for row in found.rows}) == 4
 
 
 def test_what_was_kept_in_words() -> None:
@@ -273,6 +280,17 @@ def test_the_seed_of_a_row_is_that_of_its_sample(tmp_path: Path) -> None:
         own = seeds[4 * batch.ids.index(row["prompt_id"]) :][:4]
         assert row["seed"] in own
         assert row["response"] == "".join("abcdefg"[(row["seed"] >> 3 * n) % 7] for n in range(1 + row["seed"] % 5))
+
+
+def test_draws_depend_on_the_batch(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, constant=0.0, keep="resample", prompts=70, prompts_per_batch=7)
+    stage.session()
+    places = []
+    for row in stage.rows():
+        batch = batch_of(stage.config, stage.prompts, row["iteration"])
+        seeds = sample_seeds(5, batch, 4, iteration=row["iteration"])
+        places.append((row["prompt_id"], seeds[4 * batch.ids.index(row["prompt_id"]) :][:4].index(row["seed"])))
+    assert all(len({place for prompt, place in places if prompt == number}) > 1 for number in range(7))
 
 
 @pytest.mark.parametrize("every", [1, 3])

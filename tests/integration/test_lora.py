@@ -1,4 +1,4 @@
-"""Adapters in the stages with one role, on the real stack; those of PPO are in the tests of its loop, sync and resume."""
+"""Adapters in the stages with one role, on the real stack; PPO with them is in the tests of loop, sync and resume."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -265,6 +266,8 @@ def test_saved_model_has_the_same_logits(
     expected = make(model=tmp_path / "model").logprobs(sequences)
     assert torch.equal(learner.logprobs(sequences), expected)
     assert model.config.tie_word_embeddings == (model_directory.name == "gpt2")
+    # A tied weight is written once, under the name of the embeddings, which is the one that vLLM reads.
+    assert load_file(tmp_path / "model" / "model.safetensors").keys() == dict(model.named_parameters()).keys()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("joy")["input_ids"] == learner.tokenizer("joy")["input_ids"]
     assert sorted(path.name for path in (tmp_path / "model").glob("*.safetensors*")) == ["model.safetensors"]

@@ -1,4 +1,4 @@
-"""The command line: `rlhf-ray run | resume | check | settings | doctor`.
+"""The command line: `rlhf-ray run | resume | check | settings | evaluate | generate | doctor`.
 
 Exit codes: 0 done, 1 an error, 2 a mistake in the user's input, 130 after Ctrl-C, 143 after SIGTERM.
 torch and Ray are imported only once a pipeline file is found right.
@@ -15,13 +15,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from rlhf_ray.config import schema
 from rlhf_ray.config.describe import METHODS, Setting, list_settings
 from rlhf_ray.config.effects import generator_of, rewards_of
 from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, read_origin
+from rlhf_ray.config.options import as_options, columns_of, section, source, without_effect
 from rlhf_ray.config.problems import suggestion
 from rlhf_ray.config.rules import warnings
 from rlhf_ray.config.schema import Collect, FunctionReward, NewModel, Pipeline, Ppo, Sft, Stage
@@ -29,6 +31,8 @@ from rlhf_ray.errors import ConfigError, Interrupted, RlhfRayError, UserError
 
 PROGRAM = "rlhf-ray"
 DEBUG = "RLHF_RAY_DEBUG"
+SHOWN_PROMPTS = 3
+"""Prompts whose responses are printed where all of them go to a file."""
 
 app = typer.Typer(
     name=PROGRAM,
@@ -47,6 +51,30 @@ Overrides = Annotated[
         help="Settings to change, a stage's name in front, such as ppo.sampling.temperature=0.7 or seed=3.",
         show_default=False,
     ),
+]
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Directory of a model, of a stage or of a run, or a name on the Hugging Face hub.",
+        show_default=False,
+    ),
+]
+Rows = Annotated[int | None, typer.Option(min=1, help="Use only the first rows.")]
+Split = Annotated[str | None, typer.Option(help="Split of a hub name, a `datasets` folder or a synthetic corpus.")]
+Columns = Annotated[
+    str | None, typer.Option(metavar="NAME=COLUMN,...", help="Names of the columns, such as prompt=question.")
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Put texts into the tokenizer's chat template.", show_default=False),
+]
+DtypeOption = Annotated[str | None, typer.Option(help="Type of the weights: float32 (default) or bfloat16.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Workers, each a Ray actor.")]
+Address = Annotated[
+    str | None, typer.Option(help="A Ray cluster (auto, HOST:PORT); else RAY_ADDRESS, else a new local Ray.")
 ]
 
 
@@ -145,6 +173,175 @@ def settings_command(
             _print_settings(groups)
 
 
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelArgument,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Preferences: JSONL(.gz), Parquet or CSV file, `datasets` folder, hub name, synthetic:preferences.",
+            show_default=False,
+        ),
+    ],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON as well.")
+    ] = None,
+    rows: Rows = None,
+    split: Split = None,
+    columns: Columns = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest prompt and answer, in tokens.")] = None,
+    too_long: Annotated[str | None, typer.Option(help="Longer pairs: error, drop, cut_left or cut_right.")] = None,
+    unusable: Annotated[
+        str | None, typer.Option(help="Pairs with equal or empty answers or different prompts: error or drop.")
+    ] = None,
+    answer_marker: Annotated[
+        str | None, typer.Option(help="Where there is no prompt column: what stands before the answer.")
+    ] = None,
+    chat: Chat = None,
+    dtype: DtypeOption = None,
+    workers: WorkersOption = None,
+    address: Address = None,
+) -> None:
+    """Measure how well a reward model agrees with preferences."""
+    with exit_codes(), as_options():
+        preferences = section(
+            schema.PreferenceData,
+            train=source(data, rows=rows, split=split),
+            columns=columns_of(schema.PreferenceColumns, columns),
+            max_length=max_length,
+            too_long=too_long,
+            unusable=unusable,
+            answer_marker=answer_marker,
+            chat_template=chat,
+        )
+        scorer = section(schema.ModelReward, kind="model", model=model, dtype=dtype, workers=workers)
+        _check_target("--json", json_file)
+        from rlhf_ray.doctor import check_floors
+
+        check_floors(engine=False)
+        with _sigterm_exits():
+            from rlhf_ray.inference import evaluate
+            from rlhf_ray.trainers.preference_report import report_tables, write_report
+
+            report = evaluate(model, preferences, scorer=scorer, address=address)
+        _print(report_tables(report, histogram=True))
+        if json_file is not None:
+            write_report(json_file, report)
+
+
+@app.command("generate")
+def generate_command(
+    model: ModelArgument,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be given again.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts: a data file, folder or hub name, as in a pipeline.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every response to this Parquet file.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A second model, on the same prompts and seeds.")
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(metavar="REWARD", help="What scores the responses: module:function, or a reward model."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Softmax temperature, 1 by default; 0 is greedy.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this probability mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Keep only the k likeliest tokens.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Responses for each prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a response; may be given again.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="Beam search that follows so many responses.")] = None,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(help="With --beams: log-probability / length ** penalty is compared; 1 by default."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Root of the seeds; the same seed gives the same responses.")] = 1,
+    rows: Rows = None,
+    split: Split = None,
+    columns: Columns = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt of the file.")] = None,
+    too_long: Annotated[str | None, typer.Option(help="Longer prompts: error, drop, cut_left or cut_right.")] = None,
+    chat: Chat = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, or hf where vLLM has no build.")] = None,
+    dtype: DtypeOption = None,
+    workers: WorkersOption = None,
+    address: Address = None,
+) -> None:
+    """Write responses to prompts, with one model or with two side by side."""
+    with exit_codes(), as_options():
+        if bool(prompt) == (prompts is not None):
+            got = "both" if prompt else "neither"
+            raise ConfigError(f"got {got} of --prompt TEXT and --prompts FILE, wanted one of them")
+        if any(not text.strip() for text in prompt or ()):
+            raise ConfigError("--prompt: got an empty text, wanted a prompt")
+        if prompts is None:
+            for_file = {"rows": rows, "split": split, "columns": columns, "max-prompt-tokens": max_prompt_tokens}
+            without_effect(for_file | {"too-long": too_long}, "without --prompts")
+        if beams is None:
+            without_effect({"length-penalty": length_penalty}, "without --beams")
+        else:
+            sampled = {"temperature": temperature, "top-p": top_p, "top-k": top_k, "stop": stop or None}
+            without_effect(sampled, "with --beams")
+        if beams is not None and samples > beams:
+            raise ConfigError(f"--samples: got {samples}, wanted at most --beams, {beams}")
+        if beams is None and temperature == 0 and samples > 1:
+            raise ConfigError(f"--samples: got {samples}, wanted 1: at temperature 0 they are all the same")
+        data: schema.PromptData | tuple[str, ...] = tuple(prompt or ())
+        if prompts is not None:
+            data = section(
+                schema.PromptData,
+                train=source(prompts, rows=rows, split=split),
+                columns=columns_of(schema.PromptColumns, columns),
+                chat_template=chat,
+                max_prompt_tokens=max_prompt_tokens or sys.maxsize,
+                too_long=too_long,
+            )
+        sampling = section(
+            schema.Sampling,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            samples_per_prompt=samples,
+        )
+        generator = section(schema.Generator, engine=engine, dtype=dtype, workers=workers)
+        scorer = None if reward is None else _reward(reward)
+        _check_target("--output", output, ".parquet")
+        from rlhf_ray.doctor import check_floors
+
+        check_floors(engine=generator.engine == "vllm")
+        with _sigterm_exits():
+            from rlhf_ray.inference import Generation, generate
+            from rlhf_ray.trainers.responses import show_responses, show_scores, write_responses
+
+            asked = Generation(
+                models=(model,) if compare is None else (model, compare),
+                prompts=data,
+                chat=bool(chat),
+                sampling=sampling,
+                beams=beams,
+                length_penalty=1.0 if length_penalty is None else length_penalty,
+                seed=seed,
+                generator=generator,
+                reward=scorer,
+            )
+            answered = generate(asked, address=address)
+        if output is not None:
+            write_responses(output, answered)
+        _print(show_responses(answered, prompts=sys.maxsize if output is None else SHOWN_PROMPTS))
+        _print(show_scores(answered))
+        if output is not None:
+            _print(f"all responses: {output}")
+
+
 @app.command("doctor")
 def doctor_command() -> None:
     """Print versions, devices, what is missing and how to get it; exit code 1 where a run could not start."""
@@ -190,6 +387,33 @@ def exit_codes() -> Iterator[None]:
     except Exception:
         traceback.print_exc()
         _fail("an unexpected error; please report it with the lines above", 1)
+
+
+def _reward(text: str) -> schema.ModelReward | schema.FunctionReward:
+    """`module:function`, looked up in this folder or on the Python path, or the name of a reward model."""
+    if ":" not in text:
+        return section(schema.ModelReward, kind="model", model=text)
+    from rlhf_ray.workers.reward_functions import check_function
+
+    check_function(text, Path.cwd(), {})
+    return section(schema.FunctionReward, kind="function", function=text)
+
+
+def _check_target(option: str, path: Path | None, ending: str = "") -> None:
+    """Finds before the work that its result could not be written."""
+    if path is None:
+        return
+    if not path.name.endswith(ending):
+        raise ConfigError(f"{option}: got {str(path)!r}, wanted a file that ends in {ending}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ConfigError(f"{option}: got {str(path)!r}, which {what}; wanted a file to write")
+
+
+def _print(shown: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, markup=False).print(shown)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -36,8 +36,9 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
     files = run_files(config, pipeline_dir=pipeline_dir)
     folder = RunFolder.open(config.run_dir) if resume else RunFolder.create(config.run_dir, files)
     with folder:
-        if all(stage_result(folder, stage) is not None for stage in config.stages):
-            print(f"{folder.path} is done; its model is {folder.stage(config.stages[-1].name) / 'model'}", flush=True)
+        results = [stage_result(folder, stage) for stage in config.stages]
+        if results[-1] is not None and None not in results:
+            print(f"{folder.path} is done; its result is {results[-1].output}", flush=True)
             return
         recorder = Recorder()
         early = {s.name: load_data(s, str(s.policy.model), config.seed) for s in known_before_start(config)}

@@ -9,7 +9,7 @@ from rlhf_ray.data.texts import check_texts
 
 
 def check_data(config: schema.Pipeline) -> dict[str, dict[str, int]]:
-    """Reads and checks every row of every stage's data.
+    """Reads and checks every row of every stage's data, but for what a stage of this pipeline writes first.
 
     Returns:
         Rows of each stage's training and evaluation data, by stage.
@@ -21,10 +21,13 @@ def check_data(config: schema.Pipeline) -> dict[str, dict[str, int]]:
 
 
 def _check(stage: schema.Stage) -> dict[str, int]:
-    match stage:
-        case schema.Sft():
-            return check_texts(stage.data)
-        case schema.RewardModel() | schema.Dpo():
-            return check_preferences(stage.data)
-        case schema.Ppo() | schema.Collect():
-            return check_prompts(stage.data)
+    groups = {name: getattr(stage.data, name) or () for name in ("train", "evaluation")}
+    there = {name: tuple(source for source in sources if not source.stage) for name, sources in groups.items()}
+    data = stage.data.model_copy(update=there)
+    match data:
+        case schema.TextData():
+            return check_texts(data)
+        case schema.PreferenceData():
+            return check_preferences(data)
+        case schema.PromptData():
+            return check_prompts(data)

@@ -36,8 +36,8 @@ def draw(run_dir: Path, *, command: str) -> str:
     console.print(view)
     view.summary(
         Summary(
-            model=run_dir / stage / done["model"],
-            best=run_dir / stage / done["best"] if done["best"] else None,
+            outputs={"model": folder / done["output"]}
+            | ({"best model": folder / done["best"]} if done["best"] else {}),
             before=done["before"],
             after=done["after"],
             samples=_samples(folder / "evaluation", done["iteration"]),

@@ -14,7 +14,7 @@ LAYERS = [
     ("engines", "distributed"),
     ("workers",),
     ("trainers",),
-    ("stages", "pipeline", "plan"),
+    ("stages", "pipeline", "plan", "inference"),
     ("cli", "doctor", "submit", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

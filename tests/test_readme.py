@@ -200,7 +200,7 @@ def test_the_picture_can_be_drawn_anew(tmp_path: Path) -> None:
         )
         write_rollouts(samples / f"iteration_{iteration:06d}.parquet", rollouts, scores=torch.tensor([score]))
     before, after = {"evaluation/reward_mean": 0.1}, {"evaluation/reward_mean": 0.9}
-    done = {"iteration": 1, "model": "model", "best": None, "before": before, "after": after, "elapsed_s": 65.0}
+    done = {"iteration": 1, "output": "model", "best": None, "before": before, "after": after, "elapsed_s": 65.0}
     (tmp_path / "ppo" / "done.json").write_text(json.dumps(done))
     text = picture_text(draw(tmp_path, command="make quickstart"))
     for words in ("iteration 1/1", "2.00 nats", "0.100 → 0.900", "done in 1 min 5 s", "a <joy>", "-1.000"):

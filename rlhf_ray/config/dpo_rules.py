@@ -11,14 +11,6 @@ from rlhf_ray.config.schema import Dpo
 
 def dpo_rules(stage: Dpo, path: KeyPath) -> Iterator[Problem]:
     """What a dpo stage cannot be."""
-    reference = (*path, "reference")
-    if stage.reference.adapter_off and stage.reference.model is not None:
-        yield Problem(
-            (*reference, "model"),
-            f"got {stage.reference.model!r}, but with adapter_off the policy's own network is the reference; remove "
-            "one of them",
-            because=((*reference, "adapter_off"),),
-        )
     if stage.cache_dir is not None and not stage.cache_dir.strip():
         yield Problem((*path, "cache_dir"), "got an empty text, wanted a folder")
     elif stage.cache_dir is not None and Path(stage.cache_dir).expanduser().is_file():

@@ -17,10 +17,10 @@ from rlhf_ray.config.schema import (
     NewModel,
     Pipeline,
     Ppo,
+    Reference,
     Reward,
     Source,
     Stage,
-    Workers,
 )
 
 _Silent = tuple[Sequence[str], str, Sequence[str]]
@@ -45,7 +45,7 @@ def _split(key: str) -> KeyPath:
 def _silent(stage: Stage) -> Iterator[_Silent]:
     """Keys without effect, why, and the keys that make it so."""
     if isinstance(stage, Collect):
-        yield ["data.evaluation"], "in a collect stage", []
+        yield from _silent_collect(stage)
     elif stage.data.evaluation is None:
         yield ["evaluation"], "without data.evaluation", ["data.evaluation"]
     for role, learner in learners(stage):
@@ -55,17 +55,38 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
     for split in ("train", "evaluation"):
         yield from _silent_sources(getattr(stage.data, split) or (), f"data.{split}")
     if isinstance(stage, Ppo | Dpo):
-        yield from _silent_revision("reference", stage.reference.model)
+        yield from _silent_reference(stage)
     for position, reward in enumerate(rewards_of(stage)):
         if not isinstance(reward, FunctionReward):
             yield from _silent_revision(f"reward.{position}", reward.model)
     generator = generator_of(stage)
     if generator is not None:
         yield from _silent_generator(generator)
+    if isinstance(stage, Ppo | Collect) and stage.data.prompt_length is not None:
+        yield ["data.too_long"], "with data.prompt_length, which cuts every prompt", ["data.prompt_length"]
     if isinstance(stage, Ppo):
         yield from _silent_ppo(stage)
     if isinstance(stage, Dpo):
         yield from _silent_dpo(stage)
+
+
+def _silent_collect(stage: Collect) -> Iterator[_Silent]:
+    yield ["data.evaluation", "checkpoints.best"], "in a collect stage, which evaluates nothing", []
+    yield from _silent_revision("policy", stage.policy.model)
+    uses = {
+        "best_worst": ["min_margin"],
+        "threshold": ["min_margin", "max_pairs"],
+        "best_of_n": [],
+        "resample": ["beta", "draws"],
+    }
+    for key in ("min_margin", "max_pairs", "beta", "draws"):
+        if key not in uses[stage.keep]:
+            by = " and ".join(keep for keep, used in uses.items() if key in used)
+            yield [key], f"with keep: {stage.keep} ({by} only)", ["keep"]
+    if stage.prompts is None:
+        sources = range(len(stage.data.train)) if len(stage.data.train) > 1 else ()
+        keys = ["data.shuffle", *(f"data.train.{position}.weight" for position in sources)]
+        yield keys, "without `prompts`: each prompt is sampled once, in the data's order", []
 
 
 def _silent_learner(role: str, learner: Learner) -> Iterator[_Silent]:
@@ -74,6 +95,8 @@ def _silent_learner(role: str, learner: Learner) -> Iterator[_Silent]:
     if learner.optimizer.schedule == "constant":
         cause = f"{role}.optimizer.schedule"
         yield [f"{role}.optimizer.final_ratio"], f"while {cause} is constant", [cause]
+    if isinstance(learner, Critic) and learner.lora is not None:
+        yield [f"{role}.lora.result"], "on a critic, which is no result of its stage", []
     yield from _silent_revision(role, learner.model)
 
 
@@ -89,12 +112,25 @@ def _silent_revision(role: str, model: str | NewModel | None) -> Iterator[_Silen
         yield [f"{role}.revision"], f"on a local directory ({model})", causes
 
 
+def _silent_reference(stage: Ppo | Dpo) -> Iterator[_Silent]:
+    yield from _silent_revision("reference", stage.reference.model)
+    if stage.policy.lora is None:
+        yield ["reference.adapter_off"], "without policy.lora", ["policy.lora"]
+    elif stage.adapter_is_off_in_reference:
+        keys = [f"reference.{key}" for key in Reference.model_fields if key not in ("adapter_off", "model", "revision")]
+        reason = "while the reference is the policy's network with its adapter off (reference.adapter_off: false)"
+        yield keys, reason, ["reference.adapter_off", "policy.lora"]
+
+
 def _silent_sources(sources: Sequence[Source], key: str) -> Iterator[_Silent]:
     if len(sources) == 1:
         yield [f"{key}.0.weight"], "on a single source", [key]
     for position, source in enumerate(sources):
         name = f"{key}.{position}"
-        if source.path.startswith("synthetic:"):
+        if source.stage is not None:
+            keys = [f"{name}.split", f"{name}.subset", f"{name}.revision"]
+            yield keys, f"on the data of a stage ({source.path})", [f"{name}.path"]
+        elif source.path.startswith("synthetic:"):
             yield [f"{name}.subset", f"{name}.revision"], "on a synthetic corpus", [f"{name}.path"]
         elif source.path.endswith(DATA_ENDINGS):
             keys = [f"{name}.split", f"{name}.subset", f"{name}.revision"]
@@ -122,9 +158,6 @@ def _silent_ppo(stage: Ppo) -> Iterator[_Silent]:
     elif stage.correction.mode == "auto" and stage.generator.dtype == "float32":
         reason = "while correction.mode is auto and the generator runs in float32 (set the mode to on to use it)"
         yield ["correction.cap"], reason, ["correction.mode", "generator.dtype"]
-    if stage.data.prompt_length is not None:
-        reason = "with data.prompt_length, which cuts every prompt"
-        yield ["data.too_long"], reason, ["data.prompt_length"]
     if stage.evaluation.temperature == 0 and stage.data.evaluation is not None:
         reason = "while evaluation.temperature is 0: greedy samples of a prompt are all the same"
         yield ["evaluation.samples_per_prompt"], reason, ["evaluation.temperature"]
@@ -161,12 +194,6 @@ def _silent_dpo(stage: Dpo) -> Iterator[_Silent]:
         yield ["reference", "cache", "cache_dir"], f"with {kind}, which has no reference", cause
     elif not stage.cache:
         yield ["cache_dir"], "while cache is false", ["cache"]
-    if stage.policy.lora is None:
-        yield ["reference.adapter_off"], "without policy.lora: there is no adapter", ["policy.lora"]
-    elif stage.adapter_is_off_in_reference:
-        own = ("revision", "dtype", "micro_batch_tokens", *Workers.model_fields)
-        reason = "while the reference is the policy's own network with its adapter off"
-        yield [f"reference.{key}" for key in own], reason, ["reference.adapter_off", "policy.lora"]
     yield ["data.columns.margin"], "in a dpo stage, whose losses read no margin", []
     if stage.data.evaluation is None:
         yield ["generator"], "without data.evaluation, whose prompts it samples for", ["data.evaluation"]

@@ -31,7 +31,11 @@ def check_model_path(model: str, where: KeyPath, *, needs: Sequence[str] = ("con
         yield Problem(where, f"got {model!r}, wanted a path without `~`: {path.expanduser()}")
     elif path.is_dir():
         missing = [name for name in needs if not (path / name).is_file()]
-        if missing:
+        if needs and (path / "adapter_config.json").is_file():
+            yield Problem(
+                where, f"got {model!r}, a peft adapter directory; wanted a whole model: merge it into its base first"
+            )
+        elif missing:
             yield Problem(
                 where, f"got {model!r}, a directory without {missing[0]}; wanted a Hugging Face model directory"
             )

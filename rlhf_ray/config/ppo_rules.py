@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rlhf_ray.config.effects import learners
 from rlhf_ray.config.problems import KeyPath, Problem
-from rlhf_ray.config.role_rules import active_filters
+from rlhf_ray.config.role_rules import active_filters, prompt_rules, sampling_rules
 from rlhf_ray.config.schema import Critic, Ppo
 
 GROUP_ESTIMATORS = ("group_relative", "leave_one_out", "reinforce_baseline")
@@ -18,25 +18,7 @@ def ppo_rules(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
     yield from _kl(stage, path)
     yield from _sampling(stage, path)
     yield from _batches(stage, path)
-    lengths = stage.data.prompt_length
-    if lengths is not None:
-        where = (*path, "data", "prompt_length")
-        if lengths.min > lengths.max:
-            yield Problem(
-                (*where, "min"), f"got {lengths.min}, wanted at most `max`, {lengths.max}", ((*where, "max"),)
-            )
-        elif lengths.max > stage.data.max_prompt_tokens:
-            yield Problem(
-                (*where, "max"),
-                f"got {lengths.max}, wanted at most data.max_prompt_tokens, {stage.data.max_prompt_tokens}",
-                because=((*path, "data", "max_prompt_tokens"),),
-            )
-        if stage.data.chat_template:
-            yield Problem(
-                where,
-                "cuts plain text, so it cannot go with chat_template: true; remove one of them",
-                because=((*path, "data", "chat_template"),),
-            )
+    yield from prompt_rules(stage.data, (*path, "data"))
 
 
 def _estimator(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
@@ -92,26 +74,13 @@ def _kl(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
 
 def _sampling(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
     sampling, where = stage.sampling, (*path, "sampling")
-    if sampling.temperature == 0:
-        yield Problem(
-            (*where, "temperature"), "got 0, wanted above 0: greedy sampling is for evaluation (evaluation.temperature)"
-        )
-    if sampling.min_new_tokens > sampling.max_new_tokens:
-        yield Problem(
-            (*where, "min_new_tokens"),
-            f"got {sampling.min_new_tokens}, wanted at most max_new_tokens, {sampling.max_new_tokens}",
-            because=((*where, "max_new_tokens"),),
-        )
+    yield from sampling_rules(sampling, where, greedy="greedy sampling is for evaluation (evaluation.temperature)")
     longest = stage.evaluation.max_new_tokens
     if longest is not None and sampling.min_new_tokens > longest:
         yield Problem(
             (*path, "evaluation", "max_new_tokens"),
             f"got {longest}, wanted at least sampling.min_new_tokens, {sampling.min_new_tokens}",
             because=((*where, "min_new_tokens"),),
-        )
-    if "" in sampling.stop:
-        yield Problem(
-            (*where, "stop", sampling.stop.index("")), "got an empty text, wanted a string that ends responses"
         )
     filters = active_filters(sampling)
     if stage.old_logprobs == "generator" and filters:

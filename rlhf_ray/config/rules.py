@@ -9,13 +9,21 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlhf_ray.config.collect_rules import collect_rules
+from rlhf_ray.config.collect_rules import collect_rules, collected_source_rules
 from rlhf_ray.config.dpo_rules import dpo_rules
 from rlhf_ray.config.effects import generator_of, learners, rewards_of, without_effect
 from rlhf_ray.config.paths import check_model_path, check_source, is_local
 from rlhf_ray.config.ppo_rules import ppo_rules
 from rlhf_ray.config.problems import KeyPath, Problem, is_set, suggestion
-from rlhf_ray.config.role_rules import NAME, active_filters, generator_rules, learner_rules, reward_names, scorer_rules
+from rlhf_ray.config.role_rules import (
+    NAME,
+    active_filters,
+    adapter_rules,
+    generator_rules,
+    learner_rules,
+    reward_names,
+    scorer_rules,
+)
 from rlhf_ray.config.schema import (
     ClassifierReward,
     Collect,
@@ -59,6 +67,8 @@ def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
         generator = generator_of(stage)
         if generator is not None:
             problems += generator_rules(generator, (*path, "generator"))
+        if isinstance(stage, Ppo | Dpo):
+            problems += adapter_rules(stage, path)
         match stage:
             case Ppo():
                 problems += ppo_rules(stage, path)
@@ -94,10 +104,12 @@ def warnings(pipeline: Pipeline) -> list[str]:
                     f"{stage.name}.correction.mode: off, though the generator runs in bfloat16; its rounding goes "
                     "uncorrected"
                 )
-            if stage.generator.workers > stage.prompts_per_iteration:
+        if isinstance(stage, Ppo | Collect):
+            at_once = stage.prompts_per_iteration if isinstance(stage, Ppo) else stage.prompts_per_batch
+            if stage.generator.workers > at_once:
                 lines.append(
-                    f"{stage.name}.generator.workers: {stage.generator.workers} engines for "
-                    f"{stage.prompts_per_iteration} prompts; some stay idle"
+                    f"{stage.name}.generator.workers: {stage.generator.workers} engines for {at_once} prompts; some "
+                    "stay idle"
                 )
     return lines
 
@@ -152,9 +164,13 @@ def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
         yield from learner_rules(learner, (*path, *key))
     for split in ("train", "evaluation"):
         for position, source in enumerate(getattr(stage.data, split) or ()):
-            yield from check_source(source, (*path, "data", split, position))
+            where = (*path, "data", split, position)
+            if source.stage is None:
+                yield from check_source(source, where)
+            else:
+                yield from collected_source_rules(pipeline, index, source, where)
     best = stage.checkpoints.best
-    if best is not None:
+    if best is not None and not isinstance(stage, Collect):
         known = _evaluation_metrics(stage)
         if stage.data.evaluation is None:
             yield Problem(
@@ -267,6 +283,17 @@ def _stage_reference(pipeline: Pipeline, index: int, where: KeyPath, section: Se
         yield Problem(where, f"got 'stage:{name}', {text}", because=others)
     else:
         made_by = pipeline.stages[names.index(name)]
+        if isinstance(made_by, Collect):
+            yield Problem(where, f"got 'stage:{name}', which makes data and no model", because=others)
+            return
+        lora = made_by.policy.lora
+        if lora is not None and lora.result == "adapter":
+            yield Problem(
+                where,
+                f"got 'stage:{name}', which leaves an adapter, not a whole model; set {name}.policy.lora.result to "
+                "merged",
+                because=(("stages", names.index(name), "policy", "lora", "result"),),
+            )
         scores = isinstance(made_by, RewardModel)
         may_score = isinstance(section, ModelReward) or isinstance(pipeline.stages[index], RewardModel)
         if isinstance(section, ModelReward) and not scores:

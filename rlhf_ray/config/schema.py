@@ -24,6 +24,8 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 DecayRate = Annotated[Number, Field(ge=0, lt=1)]
 DType = Literal["float32", "bfloat16"]
+STAGE = "stage:"
+"""What stands before a stage's name where its result is meant."""
 
 
 class Section(BaseModel):
@@ -82,8 +84,8 @@ class Optimizer(Section):
     """Learning rate at the last step as a share of the peak, for linear and cosine."""
 
 
-class CriticOptimizer(Optimizer):
-    """As Optimizer, with a critic's learning rate."""
+class HeadOptimizer(Optimizer):
+    """As Optimizer, with the learning rate of a network whose head is new."""
 
     learning_rate: Positive = 1e-5
     """Peak learning rate."""
@@ -98,12 +100,14 @@ class Lora(Section):
     """The adapter's output is scaled by alpha / rank."""
     dropout: DecayRate = 0.0
     """Dropout on the adapter's input while training; of every method, also where `dropout` is off."""
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; unset: all but the output layer."""
     quantise: Literal["none", "nf4"] = "none"
-    """nf4: the base's weights in 4 bits (QLoRA); needs a GPU and bitsandbytes."""
+    """nf4: the base's weights in 4 bits (QLoRA), for methods without a generator; needs a GPU, bitsandbytes, ZeRO 0 to
+    2 and `result: adapter`, which belongs to the base in 4 bits."""
     result: Literal["merged", "adapter"] = "merged"
-    """What the stage leaves in `model/`: a whole model, or a peft adapter directory."""
+    """What the stage leaves in `model/`: a whole model, or a peft adapter directory, which no later stage can start
+    from."""
 
 
 class Learner(Workers):
@@ -147,6 +151,13 @@ class Policy(Learner):
         return None if self.tokenizer else self.revision
 
 
+class RewardNetwork(Policy):
+    """The network that becomes a reward model."""
+
+    optimizer: HeadOptimizer = HeadOptimizer()
+    """Optimizer of this network."""
+
+
 class SampledPolicy(Section):
     """The network that responses are sampled from."""
 
@@ -168,7 +179,7 @@ class Critic(Learner):
 
     kind: Literal["network", "value_head"] = "network"
     """A network of its own, or a value head on the policy's trunk (then the settings of a network have no effect)."""
-    optimizer: CriticOptimizer = CriticOptimizer()
+    optimizer: HeadOptimizer = HeadOptimizer()
     """Optimizer of this network."""
     warmup_iterations: CountOrZero = 0
     """First iterations in which only the critic is trained."""
@@ -293,6 +304,11 @@ class Source(Section):
     """Use only the first rows."""
     weight: Positive = 1.0
     """Share of this source when several are mixed: samples are drawn in proportion to the weights."""
+
+    @property
+    def stage(self) -> str | None:
+        """Name of the collect stage that writes it; None where it is there already."""
+        return self.path.removeprefix(STAGE) if self.path.startswith(STAGE) else None
 
 
 def _as_sources(value: object) -> object:
@@ -435,6 +451,13 @@ class Sampling(Section):
     """Responses for each prompt."""
 
 
+class CollectSampling(Sampling):
+    """As Sampling, with responses to choose from."""
+
+    samples_per_prompt: Count = 4
+    """Responses for each prompt."""
+
+
 # -------------------------------------------------------------------------------------- methods
 
 
@@ -448,6 +471,13 @@ class Checkpoints(Section):
     best: str | None = None
     """Metric of the evaluation whose best model is kept in `best/`, such as `evaluation/reward_mean`; a name with
     `loss`, `perplexity` or `error` is minimised."""
+
+
+class CollectCheckpoints(Checkpoints):
+    """As Checkpoints, which are small here: the data themselves lie in `data/`."""
+
+    every: CountOrZero = 1
+    """Batches between checkpoints; 0: only at the end."""
 
 
 class PromptEvaluation(Section):
@@ -627,7 +657,7 @@ class RewardModel(Section):
     """Name of the stage and of its folder."""
     method: Literal["reward_model"]
     """A reward model."""
-    policy: Policy
+    policy: RewardNetwork
     """The network that is trained: a causal language model, which gets a new head, or a reward model. It becomes a
     sequence-classification model with one logit, which reads a score at a text's last token."""
     data: PreferenceData
@@ -810,15 +840,16 @@ class Collect(Section):
     """One or more scorers; a response's score is their weighted sum."""
     data: PromptData
     """Prompts."""
-    sampling: Sampling = Sampling(samples_per_prompt=4)
+    sampling: CollectSampling = CollectSampling()
     """How responses are sampled."""
     prompts: Count | None = None
-    """Prompts to sample responses for; unset: each one of the data once."""
+    """Prompts to sample responses for; unset: each one of the data once, in their order."""
     prompts_per_batch: Count = 64
     """Prompts sampled and written at a time; what is written is not sampled again after a stop."""
     keep: Literal["best_worst", "threshold", "best_of_n", "resample"] = "best_worst"
-    """best_worst: a pair of each prompt's best and worst response; threshold: every pair of its responses that differs
-    by min_margin; best_of_n: the best response as a text; resample: texts drawn with weights exp(score / beta)."""
+    """Pairs for reward_model and dpo: best_worst, each prompt's best and worst response; threshold, every pair of its
+    responses that differs by min_margin. Texts for sft: best_of_n, the best response; resample, responses drawn with
+    weights exp(score / beta)."""
     min_margin: NonNegative = 0.0
     """Smallest difference of the scores in a pair; pairs of equal scores are never kept (best_worst, threshold)."""
     max_pairs: Count = 4
@@ -829,8 +860,13 @@ class Collect(Section):
     """Texts drawn for each prompt, with replacement (resample)."""
     unfinished: Literal["drop", "keep"] = "drop"
     """What becomes of responses that the length limit cut."""
-    checkpoints: Checkpoints = Checkpoints(every=1)
+    checkpoints: CollectCheckpoints = CollectCheckpoints()
     """Checkpoints."""
+
+    @property
+    def writes(self) -> Literal["pairs", "texts"]:
+        """What the rows of its data are."""
+        return "pairs" if self.keep in ("best_worst", "threshold") else "texts"
 
 
 def _adapter_off(policy: Policy, reference: Reference) -> bool:

@@ -23,6 +23,8 @@ from rlhf_ray.config.schema import Source
 from rlhf_ray.data import synthetic
 from rlhf_ray.errors import DataError
 
+PARTS = "part_*.parquet"
+"""The files of a folder that are the parts of one table, in the order of their names."""
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz")
 _OTHER_FILES = re.compile(
     r"\.(json|txt|tsv|xlsx?|arrow|feather|zip|tar|bz2|xz|zst|gz|pkl|npy|npz|ya?ml|xml|html|py)$", re.I
@@ -93,7 +95,8 @@ def open_table(source: Source) -> Table:
     if source.path.startswith("synthetic:"):
         table = _synthetic(source)
     elif path.is_dir():
-        table = _saved_dataset(source, path)
+        parts = sorted(path.glob(PARTS))
+        table = _parquet(source.path, parts) if parts else _saved_dataset(source, path)
     elif path.exists():
         table = _file(source, path)
     elif _looks_like_a_file(source.path):
@@ -138,7 +141,7 @@ def _file(source: Source, path: Path) -> Table:
     if path.stat().st_size == 0:
         raise DataError(f"{name}: the file is empty; at least one row is wanted.")
     if lower.endswith(".parquet"):
-        return _parquet(name, path)
+        return _parquet(name, [path])
     return _csv(name, path) if lower.endswith((".csv", ".csv.gz")) else _json_lines(name, path)
 
 
@@ -223,7 +226,8 @@ def _csv(name: str, path: Path) -> Table:
     return Table(name, ":", tuple(header), read)
 
 
-def _parquet(name: str, path: Path) -> Table:
+def _parquet(name: str, parts: Sequence[Path]) -> Table:
+    """A table over one file, or over the parts of a folder in their order."""
     import pyarrow
     import pyarrow.parquet
 
@@ -231,18 +235,19 @@ def _parquet(name: str, path: Path) -> Table:
         return DataError(f"{name}: cannot be read as Parquet: {_one_line(error)}; write or download the file again.")
 
     try:
-        columns = tuple(pyarrow.parquet.read_schema(path).names)
+        columns = tuple(pyarrow.parquet.read_schema(parts[0]).names)
     except (pyarrow.ArrowException, OSError) as error:
         raise broken(error) from error
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=1024, columns=list(wanted)):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, row
+            for part in parts:
+                with pyarrow.parquet.ParquetFile(part) as file:
+                    for batch in file.iter_batches(batch_size=1024, columns=list(wanted)):
+                        for row in batch.to_pylist():
+                            number += 1
+                            yield number, row
         except (pyarrow.ArrowException, OSError) as error:
             raise broken(error) from error
 

@@ -76,6 +76,35 @@ class Encoder:
                 return whole[len(head) :]
         return self.plain([response])[0]
 
+    def answers(
+        self, prompts: Sequence[str | list[Message]], answers: Sequence[str], places: Sequence[str]
+    ) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, answer ids) of each pair, the answer's up to its end-of-sequence token.
+
+        Behind chat messages the answer stands in the template as the assistant's.
+        """
+        strings = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str)]
+        plain = iter(self.continuations([str(prompts[row]) for row in strings], [answers[row] for row in strings]))
+        encoded = []
+        for prompt, answer, place in zip(prompts, answers, places, strict=True):
+            head, tail = next(plain) if isinstance(prompt, str) else self._chat_answer(prompt, answer, place)
+            eos = self.tokenizer.eos_token_id
+            encoded.append((head, tail if tail[-1:] == [eos] else [*tail, eos]))
+        return encoded
+
+    def _chat_answer(self, prompt: list[Message], answer: str, place: str) -> tuple[list[int], list[int]]:
+        """What follows the answer's end-of-sequence token is never sampled, and left out."""
+        head = self.render(prompt, place, generation_prompt=True)
+        whole = self.render([*prompt, {"role": "assistant", "content": answer}], place, generation_prompt=False)
+        if whole[: len(head)] != head:
+            raise DataError(
+                f"{place}: the tokenizer's chat template changes what it wrote before the answer once that is there, "
+                "so its tokens cannot be told apart; take a template that only appends, or strings."
+            )
+        tail = whole[len(head) :]
+        eos = self.tokenizer.eos_token_id
+        return head, tail[: tail.index(eos) + 1] if eos in tail else tail
+
     def render(self, messages: Sequence[Message], place: str, *, generation_prompt: bool) -> list[int]:
         """Token ids of chat messages in the tokenizer's template, which brings its own special tokens."""
         ids: Any = self._apply(messages, place, generation_prompt=generation_prompt, tokenize=True)

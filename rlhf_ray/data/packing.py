@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from rlhf_ray.data.batches import Sequences
@@ -61,14 +61,10 @@ class Packed:
     Args:
         tokens: [1, N] token ids.
         position_ids: [1, N] position in its own row.
-        starts: [1, N] True at each row's first token.
-        rows: number of rows.
     """
 
     tokens: Int[Tensor, "1 N"]
     position_ids: Int[Tensor, "1 N"]
-    starts: Bool[Tensor, "1 N"]
-    rows: int
 
 
 def pack(sequences: Sequences, rows: Sequence[int]) -> Packed:
@@ -77,11 +73,4 @@ def pack(sequences: Sequences, rows: Sequence[int]) -> Packed:
     attention = sequences.attention_mask[index]
     assert bool(attention[:, :1].all()), "a row without a token cannot be packed"
     positions = torch.arange(attention.shape[1], device=attention.device).expand_as(attention)[attention]
-    return Packed(sequences.tokens[index][attention][None], positions[None], (positions == 0)[None], len(rows))
-
-
-def unpack(values: Tensor, packed: Packed, width: int) -> Tensor:
-    """Values [1, N, ...] of packed tokens -> [rows, width, ...], 0 where a row has no token; gradients flow through."""
-    row = packed.starts[0].long().cumsum(0) - 1
-    out = values.new_zeros((packed.rows, width, *values.shape[2:]))
-    return out.index_put((row, packed.position_ids[0]), values[0])
+    return Packed(sequences.tokens[index][attention][None], positions[None])

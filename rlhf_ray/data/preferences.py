@@ -409,40 +409,10 @@ _Ids = tuple[list[int], list[int], list[int]]
 
 def _encode(encoder: Encoder, pairs: Sequence[_Pair]) -> list[_Ids]:
     """Token ids of each prompt and of the two answers behind it, each with its end-of-sequence token."""
-    eos = encoder.tokenizer.eos_token_id
-    prompts = [pair.prompt for pair in pairs if isinstance(pair.prompt, str)]
-    texts = [pair for pair in pairs if isinstance(pair.prompt, str)]
-    chosen = iter(encoder.continuations(prompts, [pair.chosen for pair in texts]))
-    rejected = iter(encoder.continuations(prompts, [pair.rejected for pair in texts]))
-    encoded: list[_Ids] = []
-    for pair in pairs:
-        if isinstance(pair.prompt, str):
-            head, better = next(chosen)
-            _, worse = next(rejected)
-        else:
-            head = encoder.render(pair.prompt, pair.place, generation_prompt=True)
-            better, worse = (
-                _chat_answer(encoder, pair.prompt, head, answer, pair.place) for answer in (pair.chosen, pair.rejected)
-            )
-        encoded.append((head, _ended(better, eos), _ended(worse, eos)))
-    return encoded
-
-
-def _ended(answer: list[int], eos: int) -> list[int]:
-    return answer if answer[-1:] == [eos] else [*answer, eos]
-
-
-def _chat_answer(encoder: Encoder, prompt: list[Message], head: list[int], answer: str, place: str) -> list[int]:
-    """Ids of the answer in the chat template, up to its end-of-sequence token; what follows it is never sampled."""
-    whole = encoder.render([*prompt, {"role": "assistant", "content": answer}], place, generation_prompt=False)
-    if whole[: len(head)] != head:
-        raise DataError(
-            f"{place}: the tokenizer's chat template changes what it wrote before the answer once that is there, so "
-            "its tokens cannot be told apart; take a template that only appends, or strings."
-        )
-    tail = whole[len(head) :]
-    eos = encoder.tokenizer.eos_token_id
-    return tail[: tail.index(eos) + 1] if eos in tail else tail
+    prompts, places = [pair.prompt for pair in pairs], [pair.place for pair in pairs]
+    chosen = encoder.answers(prompts, [pair.chosen for pair in pairs], places)
+    rejected = encoder.answers(prompts, [pair.rejected for pair in pairs], places)
+    return [(head, better, worse) for (head, better), (_, worse) in zip(chosen, rejected, strict=True)]
 
 
 def _fit(data: PreferenceData, encoder: Encoder, ids: _Ids, place: str) -> _Ids | None:

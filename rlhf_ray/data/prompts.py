@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class PromptSet:
             and were shortened ("cut"); under `prompt_length` being cut is the purpose and not counted.
         tokens: token ids of each prompt in use.
         texts: their texts; empty under `prompt_length`, where they follow from the cut.
+        messages: their chat messages; an empty list for a text.
         answers: their expected answers.
         ids: their row numbers over all sources.
         stream: the order in which they come.
@@ -99,6 +101,7 @@ class PromptSet:
     report: dict[str, int]
     tokens: list[NDArray[np.int32]]
     texts: list[str]
+    messages: list[list[Message]]
     answers: list[Any]
     ids: list[int]
     stream: Stream
@@ -121,11 +124,23 @@ class PromptSet:
 
         With one source no prompt is repeated, or left out, within a pass over the data.
         """
-        return self._prompts(self.stream.take(iteration * count, count))
+        return self.take(iteration * count, count)
+
+    def take(self, start: int, count: int) -> Prompts:
+        """The prompts at the positions start ... start + count - 1 of the endless stream."""
+        return self._prompts(self.stream.take(start, count))
+
+    def rows(self, start: int, count: int) -> Prompts:
+        """The prompts start ... start + count - 1 of the data, in the data's order; fewer at its end."""
+        return self._prompts([(row, 0) for row in range(start, min(start + count, len(self)))])
 
     def all(self) -> Prompts:
         """Every prompt once, in the data's order."""
-        return self._prompts([(row, 0) for row in range(len(self))])
+        return self.rows(0, len(self))
+
+    def messages_of(self, prompt_id: int) -> list[Message]:
+        """The chat messages of a prompt; an empty list for a text."""
+        return self.messages[bisect_left(self.ids, prompt_id)]
 
     def _prompts(self, taken: Sequence[tuple[int, int]]) -> Prompts:
         rows = [row for row, _ in taken]
@@ -173,6 +188,7 @@ def load_prompts(
     encoder = Encoder.of(tokenizer)
     tokens: list[NDArray[np.int32]] = []
     texts: list[str] = []
+    messages: list[list[Message]] = []
     answers: list[Any] = []
     ids: list[int] = []
     sizes: list[int] = []
@@ -193,6 +209,7 @@ def load_prompts(
                     tokens.append(np.asarray(fitted, dtype=np.int32))
                     if data.prompt_length is None:
                         texts.append(text)
+                    messages.append([] if isinstance(row.prompt, str) else row.prompt)
                     answers.append(row.answer)
                     ids.append(report["rows"])
                 report["rows"] += 1
@@ -210,12 +227,32 @@ def load_prompts(
         report=report,
         tokens=tokens,
         texts=texts,
+        messages=messages,
         answers=answers,
         ids=ids,
         stream=stream,
         length=data.prompt_length,
         seed=derive_seed(seed, sources),
         tokenizer=tokenizer,
+    )
+
+
+def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Prompts:
+    """Texts as prompts, numbered from 0; with `chat` as a user's messages in the tokenizer's chat template.
+
+    Raises DataError for a text without a token, and where there is no chat template.
+    """
+    rows = [
+        _Row(f"prompt {number}", [{"role": "user", "content": text}] if chat else text, None)
+        for number, text in enumerate(texts, 1)
+    ]
+    encoded = _encode(Encoder.of(tokenizer), rows, keep_text=True)
+    return Prompts(
+        token_ids=[token_ids for token_ids, _ in encoded],
+        texts=[text for _, text in encoded],
+        answers=[None] * len(rows),
+        ids=list(range(len(rows))),
+        repeats=[0] * len(rows),
     )
 
 

@@ -2,7 +2,8 @@
 
 A row is {prompt, response, text, label}. The prompt is a neutral opening ("The quiet comedy by Marta Weiss about a
 sailor was"); the response goes on positively or negatively, one half each, and often with one word of the other side.
-Prompts of "train" and "test" are disjoint. A preference pair is a prompt with a positive and a negative response.
+Prompts of "train" and "test" are disjoint. A preference pair is a prompt with two responses, of which the judge prefers
+the first: mostly a positive and a negative one, in two of five pairs a better and a worse one of the same side.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Review(TypedDict):
 
 
 class Preference(TypedDict):
-    """One pair: a positive response, a negative one, and by how much the judge prefers the text with the first."""
+    """One pair: two responses, and by how much the judge prefers the text with the first."""
 
     prompt: str
     chosen: str
@@ -123,7 +124,7 @@ def reviews(split: str, rows: int, seed: int = 0) -> list[Review]:
 
 
 def preferences(split: str, rows: int, seed: int = 0) -> list[Preference]:
-    """The first pairs of a split, the positive response preferred; row i depends on seed, split and i only.
+    """The first pairs of a split, the better response preferred; row i depends on seed, split and i only.
 
     Prompts are those of `reviews`, in the same order; the responses are others.
     """
@@ -190,8 +191,12 @@ def _review(prompt: str, random: Random) -> Review:
 
 
 def _preference(prompt: str, random: Random) -> Preference:
-    chosen, rejected = _response(1, random), _response(0, random)
-    margin = judge(prompt + chosen) - judge(prompt + rejected)
+    margin = 0.0
+    while margin == 0:
+        responses = [_response(random.randrange(2), random) for _ in range(2)]
+        worse, better = sorted(judge(prompt + response) for response in responses)
+        margin = better - worse
+    rejected, chosen = sorted(responses, key=lambda response: judge(prompt + response))
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
 
 

@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -73,11 +73,13 @@ class Endpoint:
         address: host name or address of its machine, as others reach it.
         node: the same for two processes that share memory, and different otherwise.
         gpus: identities of the GPUs that it uses; none on a CPU.
+        receivers: number of receivers that a transfer meets there.
     """
 
     address: str
     node: str
     gpus: tuple[str, ...]
+    receivers: int = 1
 
 
 @dataclass(frozen=True)
@@ -522,6 +524,39 @@ class Receiver(_Side):
             self._wire = None
 
 
+class Inbox:
+    """Takes one transfer after the other; after a failed one the next starts afresh."""
+
+    def __init__(self) -> None:
+        self._receiver: Receiver | None = None
+
+    def take(
+        self, spec: TransportSpec, version: int, *, rank: int, load: Callable[[Iterator[tuple[str, Tensor]]], None]
+    ) -> ReceivedWeights:
+        """Hands the arriving tensors to `load`; those that it leaves are thrown away.
+
+        Raises:
+            WeightSyncError: another version arrives, the sender fails, or a deadline passes.
+        """
+        self._receiver = Receiver.renewed(self._receiver, spec, rank)
+        arriving = self._receiver.tensors(version)
+        try:
+            load(arriving)
+            for _ in arriving:
+                pass
+        except BaseException as error:
+            self._receiver.fail(f"generator's receiver {rank}: {error}")
+            self.close()
+            raise
+        return self._receiver.received()
+
+    def close(self) -> None:
+        """Frees the receiver's buffers."""
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+
 def check_version(got: int, wanted: int) -> None:
     """Raises WeightSyncError where weights of another version arrive than the one announced."""
     if got != wanted:
@@ -538,11 +573,12 @@ def open_store(timeout_s: float = 300.0) -> int:
     return int(store.port)
 
 
-def this_endpoint(*, gpus: int = 1) -> Endpoint:
+def this_endpoint(*, gpus: int = 1, receivers: int = 1) -> Endpoint:
     """Where this process stands.
 
     Args:
         gpus: GPUs that it uses; the first ones that it sees.
+        receivers: number of receivers that a transfer meets in it.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = socket.gethostname()
@@ -551,6 +587,7 @@ def this_endpoint(*, gpus: int = 1) -> Endpoint:
         address=os.environ.get("MASTER_ADDR") or _own_address(),
         node=f"{host}/{boot.read_text().strip() if boot.exists() else ''}",
         gpus=tuple(str(torch.cuda.get_device_properties(device).uuid) for device in seen),
+        receivers=receivers,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache
@@ -104,6 +104,10 @@ class TrainingEngine:
         self.stage = effective_stage(settings)
         self.steps = 0
         self.skipped_steps = 0
+        self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._has_frozen = any(not parameter.requires_grad for parameter in module.parameters())
+        if self._has_frozen:
+            _leave_out_frozen(module, self._trained)
         optimizer = torch.optim.AdamW(
             decay_groups(module, settings.optimizer.weight_decay),
             lr=settings.optimizer.learning_rate,
@@ -175,19 +179,19 @@ class TrainingEngine:
         self._engine.step()
         return float(norm)
 
-    def buckets(self, root: nn.Module, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The weights of `root` (a part of the network) under its state-dict names, in buckets of about bucket_bytes.
+    def buckets(self, owned: Mapping[str, Tensor], *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Weights of the network in buckets of about bucket_bytes.
 
         Every rank must iterate to the end; each gets the full tensors, gathered one bucket at a time, valid until the
         next one.
-        Tied weights come under each of their names, because receivers that pack weights do not see ties.
+
+        Args:
+            owned: the network's own tensors by the names that they are to have.
         """
-        owned: dict[str, Tensor] = {**dict(root.named_parameters(remove_duplicate=False)), **dict(root.named_buffers())}
-        names = [name for name in root.state_dict() if name in owned]
         bucket: list[str] = []
         filled = 0
-        for name in names:
-            size = _numel(owned[name]) * owned[name].element_size()
+        for name, tensor in owned.items():
+            size = _numel(tensor) * tensor.element_size()
             if bucket and filled + size > bucket_bytes:
                 yield from self._gathered(bucket, owned)
                 bucket, filled = [], 0
@@ -196,16 +200,27 @@ class TrainingEngine:
         if bucket:
             yield from self._gathered(bucket, owned)
 
-    def _gathered(self, names: Sequence[str], owned: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
+    def _gathered(self, names: Sequence[str], owned: Mapping[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
         sharded = list({id(owned[name]): owned[name] for name in names if hasattr(owned[name], "ds_id")}.values())
         context = _deepspeed().zero.GatheredParameters(sharded) if sharded else nullcontext()
         with context:
             yield [(name, owned[name].detach()) for name in names]
 
+    def nbytes(self, owned: Mapping[str, Tensor]) -> int:
+        """Bytes of these weights in full, however they are sharded."""
+        return sum(_numel(tensor) * tensor.element_size() for tensor in owned.values())
+
     def save(self, directory: Path) -> None:
-        """Writes this rank's shard of weights, optimizer and counters; every rank calls it with the same directory."""
+        """Writes this rank's shard of weights, optimizer and counters; every rank calls it with the same directory.
+
+        Frozen weights are left out.
+        """
         self._engine.save_checkpoint(
-            str(directory), tag=_TAG, client_state={"rlhf_ray": [self.steps, self.skipped_steps]}, save_latest=False
+            str(directory),
+            tag=_TAG,
+            client_state={"rlhf_ray": [self.steps, self.skipped_steps]},
+            save_latest=False,
+            exclude_frozen_parameters=self._has_frozen,
         )
 
     def load(self, directory: Path) -> None:
@@ -217,7 +232,7 @@ class TrainingEngine:
         if not (directory / _TAG).is_dir():
             raise CheckpointError(f"{directory}: no learner state here; wanted a folder written by Learner.save")
         try:
-            path, client = self._engine.load_checkpoint(str(directory), tag=_TAG)
+            path, client = self._engine.load_checkpoint(str(directory), tag=_TAG, custom_load_fn=self._load_weights)
         except Exception as error:
             raise CheckpointError(
                 f"{directory}: this learner state does not fit ZeRO stage {self.stage} "
@@ -226,6 +241,11 @@ class TrainingEngine:
         if path is None:
             raise CheckpointError(f"{directory}: the learner state is incomplete")
         self.steps, self.skipped_steps = client["rlhf_ray"]
+
+    def _load_weights(self, src: Mapping[str, Any], dst: nn.Module) -> None:
+        if self._has_frozen and src.keys() != self._trained:
+            raise ValueError("its weights are not those that are trained here")
+        dst.load_state_dict(src, strict=not self._has_frozen)
 
     def close(self) -> None:
         """Frees the engine's hooks and buffers; the process group stays."""
@@ -240,21 +260,33 @@ def effective_stage(settings: schema.Learner) -> int:
     return max(settings.zero, 2) if settings.dtype == "bfloat16" else settings.zero
 
 
+def _leave_out_frozen(module: nn.Module, trained: Set[str]) -> None:
+    """Lets state_dict give what is trained only; DeepSpeed's own way overlooks the second name of tied weights."""
+
+    def keep(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+        for name in [name for name in state if name.removeprefix(prefix) not in trained]:
+            del state[name]
+
+    module.register_state_dict_post_hook(keep)  # type: ignore[no-untyped-call]
+
+
 def _numel(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _config(settings: schema.Learner, stage: int, module: nn.Module) -> dict[str, Any]:
-    # DeepSpeed allocates whole buckets, so a small model gets small ones; their size must be even.
-    elements = min(_REDUCE_ELEMENTS, 2 * math.ceil(sum(parameter.numel() for parameter in module.parameters()) / 2))
+    trained = _bucket_elements(parameter for parameter in module.parameters() if parameter.requires_grad)
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,
-        "reduce_bucket_size": elements,
-        "allgather_bucket_size": elements,
+        "reduce_bucket_size": trained,
+        "allgather_bucket_size": trained,
     }
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_prefetch_bucket_size": elements}
+        zero |= {
+            "stage3_param_persistence_threshold": 10_000,
+            "stage3_prefetch_bucket_size": _bucket_elements(module.parameters()),
+        }
     if settings.cpu_offload and stage > 0:
         zero["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {
@@ -269,6 +301,11 @@ def _config(settings: schema.Learner, stage: int, module: nn.Module) -> dict[str
     if settings.dtype == "bfloat16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return config
+
+
+def _bucket_elements(parameters: Iterable[Tensor]) -> int:
+    # DeepSpeed allocates whole buckets, so a small model gets small ones; their size must be even.
+    return min(_REDUCE_ELEMENTS, 2 * math.ceil(sum(parameter.numel() for parameter in parameters) / 2))
 
 
 @cache

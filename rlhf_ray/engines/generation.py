@@ -57,12 +57,19 @@ class GenerationEngine(Protocol):
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """For each prompt the log-probability of each token at temperature 1, computed afresh; 0 for the first."""
 
+    def next_tokens(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[tuple[int, float]]]:
+        """For each sequence the `count` most likely next tokens and their log-probabilities, best first.
+
+        At temperature 1 and without filters; fewer where the vocabulary is smaller.
+        """
+
     def receive(
         self, spec: TransportSpec, version: int, *, first_rank: int, load: bool = True
     ) -> list[ReceivedWeights]:
         """Takes a transfer of weights and loads them; one result per receiver.
 
-        The prefix cache is not touched: `reset_prefix_cache` comes next.
+        An engine that was told of an adapter takes the adapter's tensors alone. The prefix cache is not touched:
+        `reset_prefix_cache` comes next.
 
         Args:
             first_rank: rank of this engine's first receiver in the transfer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from rlhf_ray.algorithms.logprobs import token_logprobs
 from rlhf_ray.config import schema
 from rlhf_ray.distributed.memory import peak_memory_gib
-from rlhf_ray.distributed.transports import ReceivedWeights, Receiver, TransportSpec
+from rlhf_ray.distributed.transports import Inbox, ReceivedWeights, TransportSpec
 from rlhf_ray.engines.generation import Sample
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.loading import load_causal_lm, load_eos_token_ids, load_tokenizer
+from rlhf_ray.models.lora import adapter_weights, add_adapter
 
 
 class HfEngine:
@@ -26,19 +27,32 @@ class HfEngine:
         revision: revision of a hub model.
         tokenizer: directory or hub name of the tokenizer.
         max_model_len: most tokens of a prompt and its response together.
+        lora: the policy's adapter, where it alone is received.
     """
 
     receivers = 1
     cache_block = 0
 
     def __init__(
-        self, *, config: schema.Generator, model: str, revision: str | None, tokenizer: str, max_model_len: int
+        self,
+        *,
+        config: schema.Generator,
+        model: str,
+        revision: str | None,
+        tokenizer: str,
+        max_model_len: int,
+        lora: schema.Lora | None = None,
     ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model: Any = load_causal_lm(model, revision, config.dtype).to(self._device)
+        self._model: Any = load_causal_lm(model, revision, config.dtype)
+        if lora is not None:
+            # Until the first transfer the adapter adds nothing.
+            add_adapter(self._model, lora, seed=0, where="policy.lora")
+        self._model.to(self._device)
+        self._weights = self._model.state_dict() if lora is None else adapter_weights(self._model)
         self._tokenizer = load_tokenizer(tokenizer)
         self._stop_token_ids = sorted(load_eos_token_ids(model, revision, self._tokenizer))
-        self._receiver: Receiver | None = None
+        self._inbox = Inbox()
         self.max_model_len = max_model_len
         self.vocab_size = int(self._model.config.vocab_size)
 
@@ -91,24 +105,28 @@ class HfEngine:
             found.append([float(value) for value in token_logprobs(logits, tokens)[0]])
         return found
 
+    @torch.inference_mode()
+    def next_tokens(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[tuple[int, float]]]:
+        """For each sequence the `count` most likely next tokens and their log-probabilities, best first."""
+        found = []
+        for sequence in sequences:
+            logits = self._model(torch.tensor([list(sequence)], device=self._device), use_cache=False).logits[0, -1]
+            best = logits.float().log_softmax(0).topk(min(count, self.vocab_size))
+            found.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        return found
+
     def receive(
         self, spec: TransportSpec, version: int, *, first_rank: int, load: bool = True
     ) -> list[ReceivedWeights]:
         """Takes a transfer of weights and loads them; a list of one."""
-        self._receiver = Receiver.renewed(self._receiver, spec, first_rank)
-        own = self._model.state_dict()
-        try:
-            for name, tensor in self._receiver.tensors(version):
-                if name not in own:
-                    raise WeightSyncError(f"tensor {name!r} arrived, and the generator's model has none of this name")
-                if load:
-                    own[name].copy_(tensor)
-        except BaseException as error:
-            self._receiver.fail(f"generator's receiver {first_rank}: {error}")
-            self._receiver.close()
-            self._receiver = None
-            raise
-        return [self._receiver.received()]
+        return [self._inbox.take(spec, version, rank=first_rank, load=self._load if load else lambda arriving: None)]
+
+    @torch.no_grad()
+    def _load(self, arriving: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in arriving:
+            if name not in self._weights:
+                raise WeightSyncError(f"tensor {name!r} arrived, and the generator's model has none of this name")
+            self._weights[name].copy_(tensor)
 
     def reset_prefix_cache(self) -> None:
         """Nothing is kept between calls."""
@@ -119,9 +137,7 @@ class HfEngine:
 
     def close(self) -> None:
         """Frees the receiver's buffers."""
-        if self._receiver is not None:
-            self._receiver.close()
-            self._receiver = None
+        self._inbox.close()
 
 
 def filtered_logprobs(logits: Tensor, context: Tensor, sampling: schema.Sampling) -> Tensor:

@@ -16,11 +16,14 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from rlhf_ray.config import schema
+from rlhf_ray.config.role_rules import ADAPTER_RANKS
 from rlhf_ray.distributed.memory import peak_memory_gib
-from rlhf_ray.distributed.transports import ReceivedWeights, TransportSpec
+from rlhf_ray.distributed.transports import Inbox, ReceivedWeights, TransportSpec
+from rlhf_ray.engines.adapters import adapter_files, layer_names
 from rlhf_ray.engines.generation import Sample
 from rlhf_ray.errors import ConfigError, InstallError, WeightSyncError
 from rlhf_ray.models.loading import load_config, load_eos_token_ids, load_tokenizer, torch_dtype
@@ -86,19 +89,33 @@ class VllmEngine:
         revision: revision of a hub model.
         tokenizer: directory or hub name of the tokenizer.
         max_model_len: most tokens of a prompt and its response together.
+        lora: the policy's adapter, where it alone is received.
 
     Raises:
-        ConfigError: vLLM cannot run this model, or the model's sequences are shorter.
+        ConfigError: vLLM cannot run this model or its adapter, or the model's sequences are shorter.
         InstallError: vLLM is missing.
     """
 
     def __init__(
-        self, *, config: schema.Generator, model: str, revision: str | None, tokenizer: str, max_model_len: int
+        self,
+        *,
+        config: schema.Generator,
+        model: str,
+        revision: str | None,
+        tokenizer: str,
+        max_model_len: int,
+        lora: schema.Lora | None = None,
     ) -> None:
         model_config = load_config(model, revision)
         self._max_model_len = limit_model_len(model, model_config, max_model_len)
         self._vocab_size = int(model_config.vocab_size)
         self._tensor_parallel = config.tensor_parallel
+        self._model = model
+        self._lora = lora
+        self._inbox = Inbox()
+        self._loads = 0
+        # vLLM's request for the adapter of the present version; None: the model as it was loaded.
+        self._adapter: Any = None
         gpu = torch.cuda.is_available()
         if not gpu and _head_dim(model_config) not in _CPU_HEAD_DIMS:
             raise ConfigError(
@@ -107,14 +124,17 @@ class VllmEngine:
             )
         self._stop_token_ids = list(load_eos_token_ids(model, revision, load_tokenizer(tokenizer)))
         arguments = _arguments(config, model_config, max_model_len=self._max_model_len, gpu=gpu)
+        if lora is not None:
+            _check_takes_adapters(model, model_config)
+            arguments |= _adapter_arguments(lora, layer_names(model_config, lora))
         source = {"model": model, "revision": revision, "tokenizer": tokenizer}
         self._llm: Any = _start(source | arguments, config, model_config, gpu=gpu)
         self._block = self._llm.llm_engine.vllm_config.cache_config.block_size if config.prefix_caching else 0
 
     @property
     def receivers(self) -> int:
-        """Number of receivers that a transfer of weights meets in this engine."""
-        return self._tensor_parallel
+        """Number of receivers that a transfer of weights meets in this engine: of an adapter this process alone."""
+        return 1 if self._lora else self._tensor_parallel
 
     @property
     def max_model_len(self) -> int:
@@ -175,18 +195,56 @@ class VllmEngine:
         results = self._run(prompts, [parameters] * len(prompts))
         return [[0.0, *result.prompt_logprobs.logprobs] for result in results]
 
+    def next_tokens(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[tuple[int, float]]]:
+        """For each sequence the `count` most likely next tokens and their log-probabilities, best first."""
+        count = min(count, self._vocab_size)
+        parameters = _vllm().SamplingParams(temperature=0.0, max_tokens=1, logprobs=count, detokenize=False)
+        found = []
+        for result in self._run(sequences, [parameters] * len(sequences)):
+            ranked = sorted(result.outputs[0].logprobs[0].items(), key=lambda item: item[1].rank)
+            found.append([(int(token), float(value.logprob)) for token, value in ranked[:count]])
+        return found
+
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        results: list[Any] = self._llm.generate(requests, list(parameters), use_tqdm=False)
+        results: list[Any] = self._llm.generate(requests, list(parameters), use_tqdm=False, lora_request=self._adapter)
         return results
 
     def receive(
         self, spec: TransportSpec, version: int, *, first_rank: int, load: bool = True
     ) -> list[ReceivedWeights]:
-        """Takes a transfer of weights and loads them; one result per tensor-parallel worker."""
+        """Takes a transfer of weights and loads them; one result per receiver.
+
+        Raises:
+            ConfigError: vLLM does not know a layer that the adapter belongs to.
+            WeightSyncError: another version arrives, the sender fails, or a deadline passes.
+        """
+        if self._lora is not None:
+            tensors: dict[str, Tensor] = {}
+            arrived = self._inbox.take(spec, version, rank=first_rank, load=tensors.update)
+            if load:
+                self._load_adapter(self._lora, tensors, version)
+            return [arrived]
         plain = {"first_rank": first_rank, "version": version, "load": load}
         results = self._llm.collective_rpc("rlhf_receive", args=(spec.as_dict(),), kwargs=plain)
         return [ReceivedWeights(**result) for result in results]
+
+    def _load_adapter(self, lora: schema.Lora, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Puts the adapter into vLLM's one place for it, under an id and a name that were never used before.
+
+        Its prefix cache knows an adapter by its name and path, its workers by the id.
+        """
+        self._loads += 1
+        with adapter_files(lora, tensors, base=self._model) as path:
+            adapter = _lora_request()(f"policy@{version}", self._loads, str(path))
+            try:
+                self._llm.llm_engine.add_lora(adapter)
+            except ValueError as error:
+                raise ConfigError(
+                    f"policy.lora: vLLM cannot use this adapter ({error}); choose other target_modules, or set "
+                    "generator.engine=hf"
+                ) from error
+        self._adapter = adapter
 
     def reset_prefix_cache(self) -> None:
         """Forgets keys and values of the weights before.
@@ -205,6 +263,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends the engine and its workers, and frees its memory; may be called again."""
+        self._inbox.close()
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
@@ -243,6 +302,7 @@ def _arguments(config: schema.Generator, model: PretrainedConfig, *, max_model_l
         "enforce_eager": not config.compile,
         "enable_prefix_caching": config.prefix_caching,
         "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
         "generation_config": "vllm",
         "worker_extension_cls": _EXTENSION,
         "disable_log_stats": True,
@@ -260,8 +320,31 @@ def _arguments(config: schema.Generator, model: PretrainedConfig, *, max_model_l
     return arguments
 
 
+def _adapter_arguments(lora: schema.Lora, layers: Sequence[str]) -> dict[str, Any]:
+    """Room for one adapter: loading the next one drops it. Other layers are left as fast as they were."""
+    rank = next(rank for rank in ADAPTER_RANKS if rank >= lora.rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank, "lora_target_modules": list(layers)}
+
+
+def _check_takes_adapters(name: str, model: PretrainedConfig) -> None:
+    """Raises ConfigError where vLLM has no adapters for this architecture."""
+    registry = _vllm().ModelRegistry
+    for architecture in model.architectures or []:
+        entry = registry.models.get(architecture)
+        if hasattr(entry, "load_model_cls") and not getattr(entry.load_model_cls(), "supports_lora", False):
+            raise ConfigError(
+                f"{name}: vLLM has no adapters for {architecture}; set generator.engine=hf, or remove policy.lora"
+            )
+
+
 def _head_dim(model: PretrainedConfig) -> int:
     return int(getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads)
+
+
+def _lora_request() -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest
 
 
 @cache

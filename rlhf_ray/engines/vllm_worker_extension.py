@@ -14,30 +14,24 @@ from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-from rlhf_ray.distributed.transports import Receiver, TransportSpec
+from rlhf_ray.distributed.transports import Inbox, TransportSpec
 
 
 class WeightReceiver:
     """Mixed into vLLM's worker class; arguments and results are of plain types, so that they pass between processes."""
 
-    rlhf_receiver: Receiver | None = None
+    rlhf_inbox: Inbox | None = None
 
     def rlhf_receive(self, spec: dict[str, Any], *, first_rank: int, version: int, load: bool) -> dict[str, Any]:
         """Takes a transfer and loads it; version, digests by name, and bytes."""
         worker: Any = self
-        self.rlhf_receiver = Receiver.renewed(self.rlhf_receiver, TransportSpec(**spec), first_rank + worker.rank)
-        arriving = self.rlhf_receiver.tensors(version)
-        try:
-            if load:
-                self._rlhf_load(arriving)
-            for _ in arriving:
-                pass
-        except BaseException as error:
-            self.rlhf_receiver.fail(f"generator's receiver {first_rank + worker.rank}: {error}")
-            self.rlhf_receiver.close()
-            self.rlhf_receiver = None
-            raise
-        received = self.rlhf_receiver.received()
+        self.rlhf_inbox = self.rlhf_inbox or Inbox()
+        received = self.rlhf_inbox.take(
+            TransportSpec(**spec),
+            version,
+            rank=first_rank + worker.rank,
+            load=self._rlhf_load if load else lambda arriving: None,
+        )
         return {"version": received.version, "digests": received.digests, "nbytes": received.nbytes}
 
     def rlhf_peak_memory(self) -> int:

@@ -109,7 +109,7 @@ def _packed(sequences: Sequences, device: torch.device) -> _Arranged:
     return _Arranged(
         tokens=packed.tokens.to(device),
         position_ids=packed.position_ids.to(device),
-        real=torch.ones_like(packed.starts, device=device),
+        real=torch.ones_like(packed.tokens, dtype=torch.bool, device=device),
         trained=sequences.response_mask[sequences.attention_mask][None].to(device),
     )
 

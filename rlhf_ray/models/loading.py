@@ -17,12 +17,13 @@ import torch
 import transformers
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -37,9 +38,12 @@ from transformers import (
 from rlhf_ray.config.schema import NewModel
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.lora import ADAPTER_CONFIG
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16"]
 
+# As byte-level vocabularies write it, and as SentencePiece with byte fallback does.
+_BYTE_FF = ("ÿ", "<0xFF>")
 _WIDTHS = {"tiny": (128, 4, 4, 352), "mini": (256, 6, 4, 704), "small": (384, 8, 6, 1024)}
 
 
@@ -77,22 +81,34 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         )
 
 
-def load_causal_lm(name: str, revision: str | None = None, dtype: DTypeName = "float32") -> PreTrainedModel:
+def load_causal_lm(
+    name: str, revision: str | None = None, dtype: DTypeName = "float32", *, in_4_bits: bool = False
+) -> PreTrainedModel:
     """A causal language model in evaluation mode on the CPU; every weight must come from the files.
+
+    Args:
+        dtype: type of the weights; of the computation, where they are in 4 bits.
+        in_4_bits: linear layers but the output's in 4 bits (nf4), on the GPU; needs bitsandbytes.
 
     Raises:
         ConfigError: as `load_config`; or the model is of another kind, or weights are missing.
     """
-    return _load(AutoModelForCausalLM, name, revision, dtype, "causal language model")
+    return _load(AutoModelForCausalLM, name, revision, dtype, "causal language model", in_4_bits=in_4_bits)
 
 
 def load_classifier(
-    name: str, revision: str | None = None, dtype: DTypeName = "float32", num_labels: int | None = None
+    name: str,
+    revision: str | None = None,
+    dtype: DTypeName = "float32",
+    num_labels: int | None = None,
+    *,
+    in_4_bits: bool = False,
 ) -> PreTrainedModel:
     """A sequence-classification model in evaluation mode on the CPU; every weight must come from the files.
 
     Args:
         num_labels: number of outputs that it must have (1 for a reward model); None takes any.
+        in_4_bits: as for `load_causal_lm`.
 
     Raises:
         ConfigError: as `load_config`; or the model is of another kind, weights are missing, or num_labels differs.
@@ -100,37 +116,71 @@ def load_classifier(
     config = load_config(name, revision)
     if num_labels is not None and config.num_labels != num_labels:
         raise ConfigError(f"{name}: wanted a classifier with {num_labels} output(s), got {config.num_labels}")
-    return _load(AutoModelForSequenceClassification, name, revision, dtype, "sequence-classification model")
+    kind = "sequence-classification model"
+    return _load(AutoModelForSequenceClassification, name, revision, dtype, kind, in_4_bits=in_4_bits)
 
 
 def load_reward_model(
-    name: str, revision: str | None, dtype: DTypeName, tokenizer: PreTrainedTokenizerBase
+    name: str, revision: str | None, dtype: DTypeName, tokenizer: PreTrainedTokenizerBase, *, in_4_bits: bool = False
 ) -> PreTrainedModel:
     """A sequence-classification model with one logit, to be trained; from a causal language model its head is zero.
 
-    Its configuration says what transformers needs to find the last token of a row: the id of the padding, or None where
-    the tokenizer pads with the end-of-sequence token, which would be taken for padding.
+    Model and tokenizer get what transformers needs to find the last token of a row in a batch: a pad token that ends no
+    text (`separate_padding`); where there is none it takes one row at a time.
+
+    Args:
+        dtype: type of the weights.
+        tokenizer: the one that rows are encoded with.
+        in_4_bits: as for `load_causal_lm`; the head stays as it is.
 
     Raises:
         ConfigError: as `load_config`; or the model has several outputs, or its scores are not read at the last token.
     """
     config = load_config(name, revision)
     if any("ForSequenceClassification" in architecture for architecture in config.architectures or ()):
-        model = load_classifier(name, revision, dtype, num_labels=1)
+        model = load_classifier(name, revision, dtype, num_labels=1, in_4_bits=in_4_bits)
     else:
         config.num_labels = 1
         model = _load(
-            AutoModelForSequenceClassification, name, revision, dtype, "language model", config, fresh=("score.weight",)
+            AutoModelForSequenceClassification,
+            name,
+            revision,
+            dtype,
+            "language model",
+            config,
+            fresh=("score.weight",),
+            in_4_bits=in_4_bits,
         )
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ConfigError(
             f"{name}: got {type(model).__name__}, wanted a model that reads from left to right and scores the last "
             "token, such as Llama, Qwen or GPT-2"
         )
+    ends = eos_token_ids(tokenizer, model.config)
+    separate_padding(tokenizer, ends)
     padding = tokenizer.pad_token_id
-    model.config.get_text_config().pad_token_id = None if padding == tokenizer.eos_token_id else padding
+    model.config.get_text_config().pad_token_id = None if padding in ends else padding
     model.config.architectures = [type(model).__name__]
     return model
+
+
+def separate_padding(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
+    """Gives a tokenizer that pads with an end-of-sequence token another pad token, where its vocabulary has one.
+
+    The token of the byte 0xFF serves: no text in UTF-8 has that byte, and every byte-level vocabulary has its token.
+
+    Args:
+        ends: every id that ends a sequence.
+    """
+    if tokenizer.pad_token_id not in ends:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for piece in _BYTE_FF:
+        if piece in vocabulary and tokenizer.decode([vocabulary[piece]]) == "\ufffd":
+            # The letter of the same name stays a letter, unless it stands alone as a word.
+            tokenizer.add_tokens([AddedToken(piece, single_word=True, normalized=False)], special_tokens=True)
+            tokenizer.pad_token = piece
+            return
 
 
 def eos_token_ids(
@@ -256,6 +306,7 @@ def _load(
     config: PretrainedConfig | None = None,
     *,
     fresh: Sequence[str] = (),
+    in_4_bits: bool = False,
 ) -> PreTrainedModel:
     """A model whose weights all come from the files, but for those in `fresh`, which are zero where they do not."""
     quiet_transformers()
@@ -268,6 +319,7 @@ def _load(
                 config=config,
                 dtype=torch_dtype(dtype),
                 attn_implementation="sdpa",
+                **(_four_bits(dtype) if in_4_bits else {}),
                 trust_remote_code=False,
                 output_loading_info=True,
             )
@@ -284,6 +336,17 @@ def _load(
             f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
         )
     return cast(PreTrainedModel, model.eval())
+
+
+def _four_bits(dtype: DTypeName) -> dict[str, Any]:
+    """What lets from_pretrained quantise as QLoRA does (arXiv:2305.14314), which it does on the GPU."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch_dtype(dtype),
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _local(name: str) -> str:
@@ -320,6 +383,11 @@ def _plain_words(name: str, revision: str | None, what: str) -> Iterator[None]:
     if name.startswith((".", "/", "~")) or path.exists() or name.count("/") > 1:
         if not path.is_dir():
             raise ConfigError(f"{name}: no such directory; wanted a Hugging Face {what} directory or a hub name")
+        if what == "model" and (path / ADAPTER_CONFIG).is_file():
+            raise ConfigError(
+                f"{name}: a peft adapter directory; wanted a whole model: merge it into its base "
+                "(`lora.result: merged` where a stage made it)"
+            )
         if what == "model" and not (path / "config.json").is_file():
             raise ConfigError(f"{name}: no config.json in this directory; wanted a Hugging Face model directory")
     try:

@@ -1,14 +1,17 @@
-"""Writing a model as a Hugging Face directory, shard by shard, so that it is never in memory twice."""
+"""Writing a model as a Hugging Face directory, shard by shard, so that it is never in memory twice; or its adapter."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ray.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, named_weights
 
 
 class ModelWriter:
@@ -23,7 +26,8 @@ class ModelWriter:
         self.directory = directory
         self.model = model
         # A tied weight is written once; from_pretrained and vLLM make the other from it.
-        self._wanted = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+        first = {id(tensor): name for name, tensor in reversed(named_weights(model).items())}
+        self._wanted = set(first.values())
         self._shards: list[list[str]] = []
         self._bytes = 0
         directory.mkdir(parents=True, exist_ok=True)
@@ -62,3 +66,21 @@ class ModelWriter:
 
     def _partial(self, number: int) -> Path:
         return self.directory / f"shard_{number:05d}.partial"
+
+
+def write_adapter(
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    notes: Mapping[str, float],
+) -> None:
+    """Writes a peft adapter directory, with the tokenizer, and `notes` in a file of their own where there are any."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
+    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if notes:
+        (directory / "notes.json").write_text(json.dumps(notes, indent=2) + "\n")
+    tokenizer.save_pretrained(directory)

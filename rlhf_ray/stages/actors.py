@@ -12,7 +12,7 @@ from rlhf_ray.distributed.placement import Placement, RoleRequest
 from rlhf_ray.engines.vllm_generation import engine_environment
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.heads import Head
-from rlhf_ray.stages.site import Site, absolute
+from rlhf_ray.stages.site import Site, absolute, stage_seed
 from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.scorers import ClassifierScorer, FunctionScorer, ModelScorer, ReferenceScorer, RewardScorer
@@ -49,6 +49,13 @@ def generator_request(stage: str, settings: schema.Generator, *, gpus: float) ->
     return _request("generator", settings, env=engine_environment(settings, gpu=on_gpu), reuse="generator")
 
 
+def own_part(settings: schema.Generator, placement: Placement) -> schema.Generator:
+    """The settings of engines that share a GPU: they share its memory, and take memory_share of their own part."""
+    share = placement.share("generator").gpus
+    part = share if 0 < share < 1 else 1.0
+    return settings.model_copy(update={"memory_share": settings.memory_share * part})
+
+
 def _request(
     role: str, settings: schema.Workers, *, env: Mapping[str, str] | None = None, reuse: str | None = None
 ) -> RoleRequest:
@@ -75,19 +82,20 @@ class Actors:
         self._started: list[RayGroup[Any]] = []
 
     def generator(self, settings: schema.Generator, *, max_length: int) -> RayGroup[Generator]:
-        """Engines with the policy's initial weights, for prompt and response of max_length tokens together."""
-        share = self._placement.share("generator").gpus
-        # Roles that share a GPU share its memory: an engine takes memory_share of its own part.
-        part = share if 0 < share < 1 else 1.0
+        """Engines with the policy's initial weights, for prompt and response of max_length tokens together.
+
+        Where the policy trains an adapter, they take that alone.
+        """
         return self._start(
             "generator",
             Generator,
-            config=settings.model_copy(update={"memory_share": settings.memory_share * part}),
+            config=own_part(settings, self._placement),
             model=self._model,
             revision=self._stage.policy.revision,
             tokenizer=self._tokenizer,
             max_model_len=max_length,
-            seed=self._site.config.seed,
+            seed=stage_seed(self._stage, self._site.config.seed),
+            lora=policy.lora if isinstance(policy := self._stage.policy, schema.Learner) else None,
         )
 
     def learner(

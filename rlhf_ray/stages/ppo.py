@@ -45,9 +45,14 @@ def _requests(stage: schema.Ppo, *, gpus: float) -> list[RoleRequest]:
     critic = stage.critic_role
     if critic is not None and critic.kind == "network":
         requests.append(learner_request("critic", critic))
-    if stage.kl_place != "off":
+    if _has_reference(stage):
         requests.append(reference_request(stage.reference))
     return [*requests, *scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
+
+
+def _has_reference(stage: schema.Ppo) -> bool:
+    """Whether the reference has workers of its own."""
+    return stage.kl_place != "off" and not stage.adapter_is_off_in_reference
 
 
 def _start(actors: Actors, stage: schema.Ppo, *, max_length: int) -> PpoGroups:
@@ -75,7 +80,7 @@ def _start(actors: Actors, stage: schema.Ppo, *, max_length: int) -> PpoGroups:
             revision=settings.revision,
             temperature=temperature,
         )
-    reference = None if stage.kl_place == "off" else actors.reference(stage.reference)
+    reference = actors.reference(stage.reference) if _has_reference(stage) else None
     rewards = actors.scorers(stage.reward)
     actors.wait()
     return PpoGroups(policy=policy, critic=critic, reference=reference, generator=generator, rewards=rewards)

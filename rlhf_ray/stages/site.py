@@ -14,13 +14,14 @@ from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
 from rlhf_ray.data.preferences import PreferenceSet, load_preferences
 from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.texts import TextSet, load_texts, texts_for_tokenizer
 from rlhf_ray.distributed.groups import WorkerGroup, gather
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.models.loading import load_tokenizer, save_new_model
 from rlhf_ray.trainers.durable import write_folder
-from rlhf_ray.trainers.run import RunFolder, StageResult, StageRun
+from rlhf_ray.trainers.run import DATA, MODEL, RunFolder, StageResult, StageRun
 from rlhf_ray.workers.learner import Learner
 
 DataSet: TypeAlias = TextSet | PreferenceSet | PromptSet
@@ -68,7 +69,7 @@ class Site:
 
     def data(self, stage: schema.Stage, model: str) -> StageData:
         """The stage's encoded data; its tokenizer is written to where `tokenizer` says."""
-        data = self.early.pop(stage.name, None) or load_data(stage, model, self.config.seed)
+        data = self.early.pop(stage.name, None) or load_data(self._located(stage), model, self.config.seed)
         write_folder(Path(self.tokenizer(stage)), lambda partial: data.tokenizer.save_pretrained(partial))
         return data
 
@@ -78,8 +79,25 @@ class Site:
 
     def model(self, name: str) -> str:
         """The directory or hub name behind a model's name in the pipeline file."""
-        prefix, _, stage = name.partition(":")
-        return absolute(str(self.folder.stage(stage) / "model") if prefix == "stage" else name)
+        stage = name.removeprefix(schema.STAGE)
+        return absolute(name if stage == name else str(self.folder.stage(stage) / MODEL))
+
+    def version(self, model: str) -> int:
+        """Iterations of the stage that made a model; 0 where no stage of this run did."""
+        made_by = {schema.STAGE + stage.name: stage for stage in self.config.stages}.get(model)
+        result = made_by and self.result(made_by)
+        return result.iteration if result else 0
+
+    def _located(self, stage: schema.Stage) -> schema.Stage:
+        """The stage with the folders of earlier stages in place of their names in its data."""
+        groups = {name: getattr(stage.data, name) for name in ("train", "evaluation")}
+        found = {name: sources and tuple(map(self._source, sources)) for name, sources in groups.items()}
+        return stage.model_copy(update={"data": stage.data.model_copy(update=found)})
+
+    def _source(self, source: schema.Source) -> schema.Source:
+        if source.stage is None:
+            return source
+        return source.model_copy(update={"path": str(self.folder.stage(source.stage) / DATA)})
 
     def initial_model(self, stage: schema.Stage) -> str:
         """The policy's initial model; a fresh one is made once, in the stage's folder."""
@@ -88,8 +106,9 @@ class Site:
             return self.model(model)
         path = self.folder.stage(stage.name) / "initial_model"
         if not (path / "config.json").exists():
-            assert stage.method == "sft", "only supervised fine-tuning starts from a fresh model"
-            texts = texts_for_tokenizer(stage.data)
+            located = self._located(stage)
+            assert located.method == "sft", "only supervised fine-tuning starts from a fresh model"
+            texts = texts_for_tokenizer(located.data)
             write_folder(path, lambda partial: save_new_model(partial, model, texts, seed=self.config.seed))
         return absolute(str(path))
 
@@ -127,7 +146,7 @@ def known_before_start(config: schema.Pipeline) -> list[schema.Stage]:
     def known(stage: schema.Stage) -> bool:
         sources = (*stage.data.train, *(stage.data.evaluation or ()))
         names = [stage.policy.model, *(source.path for source in sources)]
-        return all(isinstance(name, str) and not name.startswith("stage:") for name in names)
+        return all(isinstance(name, str) and not name.startswith(schema.STAGE) for name in names)
 
     return [stage for stage in config.stages if known(stage)]
 
@@ -136,9 +155,18 @@ def load_data(stage: schema.Stage, model: Any, seed: int) -> StageData:
     """Encodes the stage's data with the policy's tokenizer."""
     tokenizer = load_tokenizer(stage.policy.tokenizer or model, stage.policy.tokenizer_revision)
     load = _LOADERS[stage.method]
+    seed = stage_seed(stage, seed)
     train = load(stage.data, tokenizer, seed=seed, sources="train")
     held_out = load(stage.data, tokenizer, seed=seed, sources="evaluation") if stage.data.evaluation else None
     return StageData(train, held_out, tokenizer)
+
+
+def stage_seed(stage: schema.Stage, seed: int) -> int:
+    """The seed of a stage's data and samples: the run's; for a collect stage one of its own.
+
+    So the rounds of a pipeline sample different responses, and shuffled prompts come in another order in each.
+    """
+    return derive_seed(seed, stage.name) if isinstance(stage, schema.Collect) else seed
 
 
 @dataclass(frozen=True)

@@ -94,11 +94,6 @@ class RunState:
         """Completed iterations behind the policy's weights."""
         return self.iteration
 
-    @property
-    def config_hash(self) -> str:
-        """SHA-256 of the settings, for people to compare."""
-        return config_hash(self.settings)
-
     def to_json(self) -> dict[str, Json]:
         """As a JSON object."""
         return asdict(self)
@@ -255,11 +250,6 @@ def flatten(values: Json, prefix: str = "") -> dict[str, Json]:
     items = values.items() if isinstance(values, dict) else enumerate(values)
     nested = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in items)
     return {name: value for part in nested for name, value in part.items()}
-
-
-def config_hash(settings: Mapping[str, Json]) -> str:
-    """SHA-256 of settings, whatever their order."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def check_settings(handle: CheckpointHandle, settings: Mapping[str, Json]) -> None:

@@ -20,7 +20,7 @@ from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum
 from rlhf_ray.trainers.metrics import prefixed
-from rlhf_ray.trainers.reward_model import judge_pairs
+from rlhf_ray.trainers.preference_report import judge_pairs
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
@@ -205,7 +205,7 @@ def evaluate_pairs(
     loss, sums = objective.judge(logprobs, pairs)
     chosen, rejected = objective.rewards(logprobs, pairs)
     longer = pairs.pairs.chosen.response_mask.sum(1) - pairs.pairs.rejected.response_mask.sum(1)
-    found = judge_pairs(chosen, rejected, torch.zeros(len(pairs)), longer=longer > 0, shorter=longer < 0)
+    found = judge_pairs(chosen, rejected, torch.zeros(len(pairs)), longer=longer)
     found |= {name: float(total) / len(pairs) for name, total in ({"loss": loss} | sums).items()}
     return {f"evaluation/{name}": value for name, value in found.items()}
 

@@ -121,6 +121,9 @@ class Tracker(Protocol):
     def write(self, iteration: int, metrics: Mapping[str, Number]) -> None:
         """Takes one iteration's metrics."""
 
+    def write_histogram(self, iteration: int, name: str, values: Sequence[float]) -> None:
+        """Takes the values that an iteration's histogram is made of."""
+
     def flush(self) -> None:
         """Hands on what is still buffered."""
 
@@ -167,6 +170,11 @@ class MetricLog:
         for tracker in self._trackers:
             tracker.write(iteration, numbers)
         return numbers
+
+    def write_histogram(self, iteration: int, name: str, values: SequenceFloat) -> None:
+        """Hands values to the trackers, which show their distribution; the metrics' file holds numbers only."""
+        for tracker in self._trackers:
+            tracker.write_histogram(iteration, name, values.tolist())
 
     def sync(self) -> None:
         """Waits until all rows are on disk; a checkpoint never knows an iteration that the file does not."""
@@ -249,6 +257,9 @@ class _TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, global_step=iteration)
 
+    def write_histogram(self, iteration: int, name: str, values: Sequence[float]) -> None:
+        self._writer.add_histogram(name, torch.tensor(values), global_step=iteration)
+
     def flush(self) -> None:
         self._writer.flush()
 
@@ -264,6 +275,7 @@ class _Wandb:
             import wandb
         except ImportError as error:
             raise _no_wandb() from error
+        self._wandb = wandb
         name = settings.name or run_dir.resolve().name
         identity = hashlib.sha256(f"{run_dir.resolve()}\n{stage}\n{_created(run_dir)}".encode()).hexdigest()[:16]
         self._run = wandb.init(
@@ -282,6 +294,9 @@ class _Wandb:
 
     def write(self, iteration: int, metrics: Mapping[str, Number]) -> None:
         self._run.log({"iteration": iteration, **metrics})
+
+    def write_histogram(self, iteration: int, name: str, values: Sequence[float]) -> None:
+        self._run.log({"iteration": iteration, name: self._wandb.Histogram(values)})
 
     def flush(self) -> None:
         """W&B sends on its own."""

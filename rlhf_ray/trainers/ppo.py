@@ -27,8 +27,9 @@ from rlhf_ray.data.batches import Experience, Rollouts
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
-from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum
+from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum, worker_metrics
 from rlhf_ray.trainers.metrics import experience_metrics, prefixed, rollout_metrics
+from rlhf_ray.trainers.reference import reference_logprobs
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
@@ -45,7 +46,7 @@ class PpoGroups:
 
     Args:
         critic: the policy group itself where the value head sits on the policy's trunk; None for the group estimators.
-        reference: None where the KL term is off.
+        reference: None where the KL term is off, or where the policy with its adapter off is the reference.
         rewards: one group for each scorer, by its name in the metrics.
     """
 
@@ -83,9 +84,11 @@ def train_ppo(
         losses = update(config, groups, experience, kl.coefficient, iteration)
         metrics = rollout_metrics(rollouts, scores, parts) | experience_metrics(experience, rollouts) | summary.metrics
         metrics["kl/coefficient"] = kl.coefficient
+        metrics["generator/policy_version_lag"] = iteration - 1 - rollouts.policy_version
         if summary.kl_per_sequence is not None:
             kl.update(float(summary.kl_per_sequence.mean()), len(rollouts))
-        metrics |= losses | weights.sync(version=iteration) | worker_metrics(groups)
+        metrics |= losses | weights.sync(version=iteration)
+        metrics |= worker_metrics(memory_asked(groups), groups.rewards)
         metrics = {name: value for name, value in metrics.items() if not name.startswith(unmeasured(config))}
         if run.evaluation_due(iteration, every=config.evaluation.every):
             metrics |= evaluate(config, groups, held_out, run, iteration=iteration)
@@ -99,22 +102,14 @@ def unmeasured(config: schema.Ppo) -> tuple[str, ...]:
     return without_reference + without_old
 
 
-def worker_metrics(groups: PpoGroups) -> dict[str, float]:
-    """Peak memory of each role's largest worker, and how many texts each scorer has cut so far."""
+def memory_asked(groups: PpoGroups) -> dict[str, Pending[list[float]]]:
+    """The peak memory of each role's workers, the scorers' aside."""
     asked = {"policy": groups.policy.all(Learner.memory), "generator": groups.generator.all(Generator.memory)}
     if groups.critic is not None and groups.critic is not groups.policy:
         asked["critic"] = groups.critic.all(Learner.memory)
     if groups.reference is not None:
         asked["reference"] = groups.reference.all(ReferenceScorer.memory)
-    counted = {name: group.all(RewardScorer.counts) for name, group in groups.rewards.items()}
-    asked |= {f"reward/{name}": group.all(RewardScorer.memory) for name, group in groups.rewards.items()}
-    metrics = {
-        f"{role}/peak_memory_gib": max(peaks) for role, peaks in zip(asked, gather(*asked.values()), strict=True)
-    }
-    for name, workers in zip(counted, gather(*counted.values()), strict=True):
-        for what in {what for counts in workers for what in counts}:
-            metrics[f"reward/{name}_{what}"] = float(sum(counts.get(what, 0) for counts in workers))
-    return metrics
+    return asked
 
 
 def evaluate(
@@ -151,7 +146,11 @@ def gather_judgements(
     temperature = config.sampling.temperature
     sequences = rollouts.sequences
     scores = [group.split(RewardScorer.score, rollouts) for group in groups.rewards.values()]
-    reference = groups.reference and groups.reference.split(ReferenceScorer.logprobs, sequences, temperature)
+    reference = (
+        None
+        if config.kl_place == "off"
+        else reference_logprobs(groups.reference, groups.policy, sequences, temperature)
+    )
     recompute = config.old_logprobs == "learner"
     old = groups.policy.split(Learner.logprobs, sequences) if recompute else None
     values = groups.critic and groups.critic.split(Learner.values, sequences)

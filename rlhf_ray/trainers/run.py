@@ -13,15 +13,17 @@
                     with run.evaluating():
                         metrics |= evaluate(...)
                 run.finish_iteration(metrics)                            # logs, keeps, stops when asked to
-            result = run.finish()                                        # model/, its card, done.json, the summary
+            result = run.finish()                                        # model/ and its card, done.json, the summary
 
 The folder:
 
     config.yaml  metrics.jsonl  tensorboard/
     <stage>/rollouts/iteration_000001.parquet     every sample
     <stage>/evaluation/iteration_000000.parquet   every sample of an evaluation
+    <stage>/evaluation/preferences_000060.json    what the scores of held-out pairs say
     <stage>/checkpoints/iteration_000010/
     <stage>/best/  <stage>/model/                 Hugging Face directories
+    <stage>/data/part_000001.parquet              what a collect stage keeps, instead of a model
     <stage>/done.json                             written last
 """
 
@@ -41,9 +43,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from rlhf_ray.config import schema
+from rlhf_ray.data.arrow import PARTS
 from rlhf_ray.data.batches import Rollouts
 from rlhf_ray.distributed.faults import fault
 from rlhf_ray.distributed.tracing import Recorder, Span, busy_seconds, seconds_by_method
@@ -62,9 +65,12 @@ from rlhf_ray.trainers.journal import read_rollouts, write_rollouts
 from rlhf_ray.trainers.metrics import FILE as METRICS
 from rlhf_ray.trainers.metrics import MetricLog, Number, read_metrics
 from rlhf_ray.trainers.model_card import write_model_card
+from rlhf_ray.trainers.preference_report import PreferenceReport, report_tables, write_report
 from rlhf_ray.trainers.view import SamplePair, Summary, Unit, View, open_view
 
 CONFIG = "config.yaml"
+MODEL = "model"
+DATA = "data"
 DONE = "done.json"
 BEST = "best.json"
 SHOWN_SAMPLES = 3
@@ -87,6 +93,11 @@ class Parts(Protocol):
     def load(self, folder: Path) -> None:
         """Lets every worker read what it wrote below the folder."""
 
+
+@runtime_checkable
+class ModelParts(Parts, Protocol):
+    """The parts of a stage whose result is a model."""
+
     def save_model(self, folder: Path) -> None:
         """Writes the trained model and its tokenizer as a Hugging Face directory into the (existing, empty) folder."""
 
@@ -98,7 +109,7 @@ class StageResult:
     Args:
         stage: its name.
         iteration: iterations it ran.
-        model: directory of its model.
+        output: directory of its model, or of its data where it makes none.
         best: directory of the best model by an evaluation metric, where one is kept.
         before: metrics of the evaluation before the first iteration; empty where there was none.
         after: metrics of the last evaluation; empty where there was none.
@@ -107,7 +118,7 @@ class StageResult:
 
     stage: str
     iteration: int
-    model: Path
+    output: Path
     best: Path | None
     before: dict[str, float]
     after: dict[str, float]
@@ -199,15 +210,19 @@ class RunFolder:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             best = values.pop("best")
-            values["model"] = self.stage(stage) / values["model"]
+            values["output"] = self.stage(stage) / values["output"]
             result = StageResult(**values, best=self.stage(stage) / best if best else None)
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{path}: not the result of a stage: {error}; remove it to end the stage anew"
             ) from error
-        if not (result.model / "config.json").exists():
+        if result.output.name == DATA and not any(result.output.glob(PARTS)):
             raise CheckpointError(
-                f"{result.model}: the model of stage {stage} is gone; remove {path} to write it again"
+                f"{result.output}: the data of stage {stage} are gone; remove {path.parent} to collect anew"
+            )
+        if result.output.name == MODEL and not (result.output / "config.json").exists():
+            raise CheckpointError(
+                f"{result.output}: the model of stage {stage} is gone; remove {path} to write it again"
             )
         return None if total is not None and result.iteration < total else result
 
@@ -254,7 +269,7 @@ def _lock(path: Path) -> int:
 
 
 class StageRun:
-    """One stage of a run, from its start, or from its newest checkpoint, to its model.
+    """One stage of a run, from its start, or from its newest checkpoint, to its result.
 
     Args:
         folder: the run's folder.
@@ -278,6 +293,7 @@ class StageRun:
         view: View | None = None,
     ) -> None:
         self.folder = folder.stage(stage.name)
+        self.output = self.folder / (DATA if isinstance(stage, schema.Collect) else MODEL)
         self.total = total
         self.iteration = 0
         self._run_dir = folder.path
@@ -295,6 +311,7 @@ class StageRun:
         self._first_evaluation: dict[str, float] = {}
         self._last_evaluation: dict[str, float] = {}
         self._last_metrics: dict[str, Number] = {}
+        self._last_report: PreferenceReport | None = None
         self._elapsed_s = 0.0
         self._session_start = self._iteration_start = time.monotonic()
         self._pending: dict[str, float] = {}
@@ -334,7 +351,7 @@ class StageRun:
         """
         self._parts = parts
         self._checkpoints.clean()
-        for name in ("best", "model"):
+        for name in ("best", MODEL):
             recover_folder(self.folder / name)
         handle = self._checkpoints.newest()
         if handle is not None:
@@ -401,7 +418,6 @@ class StageRun:
         """Keeps the samples of the iteration under way, before anything is learnt from them."""
         path = self.folder / "rollouts" / f"{folder_name(self.iteration + 1)}.parquet"
         write_rollouts(path, rollouts, scores=scores, parts=parts, kl=kl)
-        self._pending["generator/policy_version_lag"] = self.iteration - rollouts.policy_version
         total = float(rollouts.sequences.attention_mask.sum())
         self._tokens = {"response": float(rollouts.sequences.response_mask.sum()), "all": total}
 
@@ -416,6 +432,13 @@ class StageRun:
     ) -> None:
         """Keeps the samples of the evaluation after this iteration; first and last are shown at the end."""
         write_rollouts(self._evaluation_path(iteration), rollouts, scores=scores, parts=parts, kl=kl)
+
+    def write_report(self, report: PreferenceReport, *, iteration: int, margins: SequenceFloat) -> None:
+        """Keeps what the evaluation after this iteration found on preferences; the last one is shown at the end."""
+        assert self._log is not None, "start_or_resume comes first"
+        write_report(self.folder / "evaluation" / f"preferences_{iteration:06}.json", report)
+        self._log.write_histogram(iteration, "evaluation/margins", margins)
+        self._last_report = report
 
     def finish_iteration(self, metrics: Mapping[str, Any]) -> None:
         """Ends an iteration: logs metrics, times and rates, writes the best model and the checkpoint that are due.
@@ -441,34 +464,30 @@ class StageRun:
         self._stop_if_requested()
 
     def finish(self) -> StageResult:
-        """Ends the stage: `model/` and its card, `done.json`, and the summary on the screen.
+        """Ends the stage: `model/` and its card where it makes one, `done.json`, and the summary on the screen.
 
         Raises:
             Interrupted: a stop was requested meanwhile; the stage is done, the pipeline resumes after it.
         """
-        parts = self._trainer_parts()
-        model, best = self.folder / "model", self.folder / "best"
-
-        def write(folder: Path) -> None:
-            parts.save_model(folder)
+        best = self.folder / "best"
+        if self.output.name == MODEL:
             rows = read_metrics(self._run_dir, self._stage.name)
-            self._write_card(folder, {**(rows[-1] if rows else {}), **self._last_evaluation})
-
-        write_folder(model, write)
+            self._write_model(self.output, {**(rows[-1] if rows else {}), **self._last_evaluation})
         result = StageResult(
             stage=self._stage.name,
             iteration=self.iteration,
-            model=model,
+            output=self.output,
             best=best if best.exists() else None,
             before=self._first_evaluation,
             after=self._last_evaluation,
             elapsed_s=self._elapsed(),
         )
-        values = asdict(result) | {"model": "model", "best": "best" if result.best else None}
+        values = asdict(result) | {"output": self.output.name, "best": "best" if result.best else None}
         write_text(self.folder / DONE, json.dumps(values, indent=1))
-        self._view.summary(
-            Summary(model, result.best, result.before, result.after, self._sample_pairs(), result.elapsed_s)
-        )
+        outputs = {self.output.name: self.output} | ({"best model": result.best} if result.best else {})
+        self._view.summary(Summary(outputs, result.before, result.after, self._sample_pairs(), result.elapsed_s))
+        if self._last_report is not None:
+            self._view.show(report_tables(self._last_report, histogram=False))
         self._stop_if_requested()
         return result
 
@@ -530,15 +549,8 @@ class StageRun:
         value = float(found[metric])
         if not math.isfinite(value) or not is_better(metric, value, self._best_so_far(metric)):
             return
-        parts = self._trainer_parts()
-
-        def write(folder: Path) -> None:
-            parts.save_model(folder)
-            self._write_card(folder, found)
-            best = {"metric": metric, "value": value, "iteration": iteration}
-            (folder / BEST).write_text(json.dumps(best), encoding="utf-8")
-
-        write_folder(self.folder / "best", write)
+        best = {"metric": metric, "value": value, "iteration": iteration}
+        self._write_model(self.folder / "best", found, notes={BEST: json.dumps(best)})
 
     def _best_so_far(self, metric: str) -> float | None:
         """The value of the model in `best/`: what lies there decides, also after a resume from an earlier iteration."""
@@ -547,6 +559,18 @@ class StageRun:
             return None
         best = json.loads(path.read_text(encoding="utf-8"))
         return float(best["value"]) if best["metric"] == metric else None
+
+    def _write_model(self, target: Path, row: Mapping[str, Any], *, notes: Mapping[str, str] | None = None) -> None:
+        parts = self._trainer_parts()
+        assert isinstance(parts, ModelParts), f"stage {self._stage.name} makes no model"
+
+        def write(folder: Path) -> None:
+            parts.save_model(folder)
+            self._write_card(folder, row)
+            for name, text in (notes or {}).items():
+                (folder / name).write_text(text, encoding="utf-8")
+
+        write_folder(target, write)
 
     def _write_card(self, folder: Path, row: Mapping[str, Any]) -> None:
         model = self._stage.policy.model

@@ -40,6 +40,8 @@ _FIELDS = (
     ("held-out accuracy", "evaluation/accuracy", "{:.3f}"),
     ("held-out loss", "evaluation/loss", "{:.4f}"),
     ("held-out perplexity", "evaluation/perplexity", "{:.2f}"),
+    ("kept", "collect/kept", "{:,.0f} rows"),
+    ("effective samples", "collect/effective_samples", "{:.2f}"),
     ("KL", "kl/per_sequence", "{:z.2f} nats"),
     ("KL coefficient", "kl/coefficient", "{:.4f}"),
     ("length", "response/length_mean", "{:.1f} tokens"),
@@ -66,16 +68,15 @@ class Summary:
     """The end of a stage.
 
     Args:
-        model: directory of the trained model.
-        best: directory of the best model by an evaluation metric, where one is kept.
+        outputs: what it left, by name: directory of the trained model, and of the best one where that is kept, or of
+            the data.
         before: metrics of the evaluation before the first iteration; empty where there was none.
         after: metrics of the last evaluation; empty where there was none.
         samples: a few held-out prompts with the responses before and after.
         elapsed_s: seconds spent in the stage.
     """
 
-    model: Path
-    best: Path | None
+    outputs: Mapping[str, Path]
     before: Mapping[str, float]
     after: Mapping[str, float]
     samples: Sequence[SamplePair]
@@ -105,6 +106,9 @@ class View(Protocol):
 
     def summary(self, summary: Summary) -> None:
         """The stage has ended."""
+
+    def show(self, tables: RenderableType) -> None:
+        """Something with more than one line, after the summary."""
 
 
 def open_view(
@@ -210,9 +214,11 @@ class PlainView:
             before, after = _shown_score(pair.score_before), _shown_score(pair.score_after)
             self._print(f"  before ({before}): {clip(pair.before, 300)}")
             self._print(f"  after  ({after}): {clip(pair.after, 300)}")
-        self._print(f"model: {_shown(summary.model)}")
-        if summary.best:
-            self._print(f"best model: {_shown(summary.best)}")
+        for name, path in summary.outputs.items():
+            self._print(f"{name}: {_shown(path)}")
+
+    def show(self, tables: RenderableType) -> None:
+        Console(file=self._out, highlight=False).print(tables)
 
     def _print(self, text: str) -> None:
         print(f"[{self._stage}] {text}", file=self._out, flush=True)
@@ -266,6 +272,9 @@ class LiveView:
         if summary.samples:
             self._console.print(_sample_table(summary.samples))
 
+    def show(self, tables: RenderableType) -> None:
+        self._console.print(tables)
+
     def __rich__(self) -> RenderableType:
         pace = self._pace
         body = Table.grid(padding=(0, 2), expand=True)
@@ -301,9 +310,8 @@ def _results(summary: Summary) -> Table:
     for index, (name, before, after) in enumerate(comparisons(summary)):
         value = after if before is None else f"{before} → {after}"
         table.add_row(name, Text(value, style="bold green" if index == 0 else ""))
-    table.add_row("model", Text(_shown(summary.model), overflow="fold"))
-    if summary.best:
-        table.add_row("best model", Text(_shown(summary.best), overflow="fold"))
+    for name, path in summary.outputs.items():
+        table.add_row(name, Text(_shown(path), overflow="fold"))
     return table
 
 
@@ -327,10 +335,17 @@ def _shown_score(score: float) -> str:
 def shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Label and value of the metrics that a person wants to see first."""
     return [
-        (label, form.format(metrics[name]))
+        (label, form.format(metrics[name]) + (_scorers(metrics) if name == "reward/mean" else ""))
         for label, name, form in _FIELDS
         if name in metrics and _LESS_THAN.get(name) not in metrics
     ]
+
+
+def _scorers(metrics: Mapping[str, float]) -> str:
+    """Name and mean of each scorer, weight 0 included, where there are several: ` (learned 0.894, sentiment 0.567)`."""
+    found = {name: re.fullmatch(r"reward/([\w-]+)_mean", name) for name in metrics if name != "reward/shaped_mean"}
+    parts = [f"{match[1]} {metrics[name]:z.3f}" for name, match in found.items() if match]
+    return f" ({', '.join(parts)})" if len(parts) > 1 else ""
 
 
 def comparisons(summary: Summary) -> list[tuple[str, str | None, str]]:

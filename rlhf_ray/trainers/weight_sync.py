@@ -1,4 +1,4 @@
-"""From the policy's learners to every generator: the weights, and the proof that they arrived.
+"""From the policy's learners to every generator: the weights, or the adapter's alone, and the proof that they arrived.
 
 Three things are compared: the version, a digest of each tensor, and the log-probabilities of a fixed probe batch,
 which also sees weights that arrived and were not loaded, and a prefix cache of the weights before.
@@ -49,9 +49,9 @@ class WeightSync:
 
     Args:
         policy: the learners; rank 0 sends.
-        generator: the generators, each with `tensor_parallel` receivers.
+        generator: the generators.
         settings: transport, size of the buckets and deadline.
-        generator_settings: type of the generators' weights, and their receivers.
+        generator_settings: type of the generators' weights.
         learner_dtype: type of the learners' weights.
     """
 
@@ -67,10 +67,10 @@ class WeightSync:
         self._policy = policy
         self._generator = generator
         self._settings = settings
-        self._receivers = generator.size * generator_settings.tensor_parallel
         self._limits = probe_limits(generator_settings.dtype, learner_dtype)
         self._spec: TransportSpec | None = None
         self._session = 0
+        self._model_bytes = 0
 
     def sync(self, version: int) -> dict[str, float]:
         """Afterwards every generator holds and attests this version of the weights; metrics of the transfer.
@@ -95,6 +95,7 @@ class WeightSync:
             "sync/time_s": seconds,
             "sync/gib_per_s": sent[0].nbytes / 2**30 / seconds,
             "sync/bytes": float(sent[0].nbytes),
+            "sync/share_of_model": sent[0].nbytes / self._model_bytes,
             "sync/probe_time_s": time.perf_counter() - start - seconds,
             "sync/probe_diff_mean": mean,
             "sync/probe_diff_max": largest,
@@ -118,9 +119,10 @@ class WeightSync:
         )
 
     def _new_spec(self) -> TransportSpec:
-        sender, port, receivers = gather(
+        sender, port, self._model_bytes, receivers = gather(
             self._policy.first(Learner.endpoint),
             self._policy.first(Learner.open_store, self._settings.sync_timeout_s),
+            self._policy.first(Learner.model_bytes),
             self._generator.all(Generator.endpoint),
         )
         wanted = self._settings.transport
@@ -128,7 +130,7 @@ class WeightSync:
             kind=choose_kind(sender, receivers) if wanted == "auto" else wanted,
             address=sender_address(sender, receivers),
             port=port,
-            receivers=self._receivers,
+            receivers=sum(endpoint.receivers for endpoint in receivers),
             timeout_s=self._settings.sync_timeout_s,
             bucket_bytes=self._settings.bucket_mib << 20,
         )

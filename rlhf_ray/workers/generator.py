@@ -13,10 +13,12 @@ from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.distributed.faults import fault
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.transports import Endpoint, ReceivedWeights, TransportSpec, this_endpoint
-from rlhf_ray.engines.generation import GenerationEngine
+from rlhf_ray.engines.beam_search import Beam, beam_search
+from rlhf_ray.engines.generation import GenerationEngine, Sample
 from rlhf_ray.engines.hf_generation import HfEngine
 from rlhf_ray.engines.vllm_generation import VllmEngine
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.loading import load_eos_token_ids, load_tokenizer
 from rlhf_ray.shapes import TokenFloat
 
 _PROBE_ROWS = 4
@@ -49,9 +51,11 @@ class Generator:
         tokenizer: directory or hub name of the tokenizer.
         max_model_len: most tokens of a prompt and its response together.
         seed: the run's seed.
+        lora: the policy's adapter, where it is synced alone; its engine holds the frozen rest.
 
     Raises:
-        ConfigError: the engine cannot run this model, or the model's sequences are shorter than max_model_len.
+        ConfigError: the engine cannot run this model or adapter, or the model's sequences are shorter than
+            max_model_len.
     """
 
     def __init__(
@@ -64,14 +68,18 @@ class Generator:
         tokenizer: str,
         max_model_len: int,
         seed: int,
+        lora: schema.Lora | None = None,
     ) -> None:
         self.place = place
         self.seed = seed
+        self._tokenizer = load_tokenizer(tokenizer)
+        self._ends = load_eos_token_ids(model, revision, self._tokenizer)
         self.version = 0
         engine = VllmEngine if config.engine == "vllm" else HfEngine
         self.engine: GenerationEngine = engine(
-            config=config, model=model, revision=revision, tokenizer=tokenizer, max_model_len=max_model_len
+            config=config, model=model, revision=revision, tokenizer=tokenizer, max_model_len=max_model_len, lora=lora
         )
+        self._adapter = lora is not None
         self._probe_prompts = probe_prompts(
             self.engine.vocab_size, block=self.engine.cache_block, max_model_len=self.engine.max_model_len
         )
@@ -87,15 +95,54 @@ class Generator:
         """
         fault("generate", role=self.place.role, rank=self.place.rank, iteration=iteration)
         samples = sampling.samples_per_prompt
-        rows = [row for row in range(len(prompts.ids)) for _ in range(samples)]
-        token_ids = [prompts.token_ids[row] for row in rows]
-        self._check_lengths(prompts, sampling)
-        seeds = [
-            derive_seed(self.seed, iteration, prompt_id, repeat * samples + sample)
-            for prompt_id, repeat in zip(prompts.ids, prompts.repeats, strict=True)
-            for sample in range(samples)
+        token_ids = [tokens for tokens in prompts.token_ids for _ in range(samples)]
+        self._check_lengths(prompts, sampling.max_new_tokens)
+        seeds = sample_seeds(self.seed, prompts, samples, iteration=iteration)
+        return self._rollouts(prompts, self.engine.generate(token_ids, sampling, seeds=seeds))
+
+    def beam_search(
+        self, prompts: Prompts, *, beams: int, samples_per_prompt: int, max_new_tokens: int, length_penalty: float
+    ) -> Rollouts:
+        """The best responses that beam search finds, `samples_per_prompt` adjacent ones for each prompt, best first.
+
+        Args:
+            beams: how many responses are followed at once, at least `samples_per_prompt`.
+            max_new_tokens: longest response.
+            length_penalty: a response's log-probability is divided by its length to this power.
+
+        Raises:
+            ConfigError: a prompt is longer than the engine was made for.
+        """
+        self._check_lengths(prompts, max_new_tokens)
+        found = beam_search(
+            self.engine.next_tokens,
+            prompts.token_ids,
+            beams=beams,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty,
+            ends=self._ends,
+        )
+        samples = [
+            self._sample(prompt, beam)
+            for prompt, best in zip(prompts.token_ids, found, strict=True)
+            for beam in best[:samples_per_prompt]
         ]
-        found = self.engine.generate(token_ids, sampling, seeds=seeds)
+        return self._rollouts(prompts, samples)
+
+    def _sample(self, prompt: list[int], beam: Beam) -> Sample:
+        before = self._tokenizer.decode(prompt, skip_special_tokens=True)
+        whole = self._tokenizer.decode([*prompt, *beam.token_ids], skip_special_tokens=True)
+        return Sample(
+            token_ids=beam.token_ids,
+            logprobs=beam.logprobs,
+            finished=beam.token_ids[-1] in self._ends,
+            text=str(whole)[len(before) :],
+        )
+
+    def _rollouts(self, prompts: Prompts, found: Sequence[Sample]) -> Rollouts:
+        """The samples as rollouts, equally many adjacent ones for each prompt."""
+        rows = [row for row in range(len(prompts.ids)) for _ in range(len(found) // len(prompts.ids))]
+        token_ids = [prompts.token_ids[row] for row in rows]
         sequences = make_sequences(token_ids, [sample.token_ids for sample in found])
         logprobs = torch.zeros(sequences.tokens.shape)
         logprobs[sequences.response_mask] = torch.tensor([value for sample in found for value in sample.logprobs])
@@ -110,18 +157,19 @@ class Generator:
             policy_version=self.version,
         )
 
-    def _check_lengths(self, prompts: Prompts, sampling: schema.Sampling) -> None:
-        room = self.engine.max_model_len - sampling.max_new_tokens
+    def _check_lengths(self, prompts: Prompts, max_new_tokens: int) -> None:
+        room = self.engine.max_model_len - max_new_tokens
         for prompt_id, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
             if not 1 <= len(tokens) <= room:
                 raise ConfigError(
                     f"prompt {prompt_id} has {len(tokens)} tokens; wanted 1 to {room}, because the engine was made for "
-                    f"{self.engine.max_model_len} and the response may take {sampling.max_new_tokens}"
+                    f"{self.engine.max_model_len} and the response may take {max_new_tokens}"
                 )
 
     def endpoint(self) -> Endpoint:
         """Where this worker stands."""
-        return this_endpoint(gpus=self.engine.receivers)
+        # An adapter is small and goes through files, so its way need not begin on a GPU.
+        return this_endpoint(gpus=0 if self._adapter else self.engine.receivers, receivers=self.engine.receivers)
 
     def receive_weights(self, spec: TransportSpec, version: int) -> list[ReceivedWeights]:
         """Takes the weights that a learner sends meanwhile; one result for each tensor-parallel worker.
@@ -161,6 +209,15 @@ class Generator:
     def close(self) -> None:
         """Ends the engine."""
         self.engine.close()
+
+
+def sample_seeds(seed: int, prompts: Prompts, samples: int, *, iteration: int) -> list[int]:
+    """The seed of each of the `samples` adjacent responses to each prompt, from the seed of the run."""
+    return [
+        derive_seed(seed, iteration, prompt_id, repeat * samples + sample)
+        for prompt_id, repeat in zip(prompts.ids, prompts.repeats, strict=True)
+        for sample in range(samples)
+    ]
 
 
 def probe_prompts(vocab_size: int, *, block: int, max_model_len: int) -> Sequence[list[int]]:

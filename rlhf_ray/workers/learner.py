@@ -46,7 +46,17 @@ from rlhf_ray.models.heads import (
     switch_off_dropout,
 )
 from rlhf_ray.models.loading import check_vocabulary, load_causal_lm, load_reward_model, load_tokenizer
-from rlhf_ray.models.saving import ModelWriter
+from rlhf_ray.models.lora import (
+    adapter_config,
+    adapter_off,
+    adapter_weights,
+    add_adapter,
+    check_four_bits,
+    keeps_weights_transposed,
+    merged,
+    named_weights,
+)
+from rlhf_ray.models.saving import ModelWriter, write_adapter
 from rlhf_ray.shapes import SequenceFloat, SequenceInt, TokenFloat
 from rlhf_ray.workers.objectives import Objective
 
@@ -108,12 +118,16 @@ class Learner:
         self.config = config
         self.seed = seed
         self.temperature = temperature
+        self._base = (model, revision)
         self._sender: Sender | None = None
         self.tokenizer = load_tokenizer(model, revision) if tokenizer is None else load_tokenizer(tokenizer)
+        in_4_bits = config.lora is not None and config.lora.quantise == "nf4"
+        if in_4_bits:
+            check_four_bits(f"{place.role}.lora.quantise")
         if head == "score":
-            loaded = load_reward_model(model, revision, config.dtype, self.tokenizer)
+            loaded = load_reward_model(model, revision, config.dtype, self.tokenizer, in_4_bits=in_4_bits)
         else:
-            loaded = load_causal_lm(model, revision, config.dtype)
+            loaded = load_causal_lm(model, revision, config.dtype, in_4_bits=in_4_bits)
         check_vocabulary(model, loaded.config, self.tokenizer)
         self.device = join_process_group(rank=place.rank, size=place.size, timeout_s=timeout_s)
         # Plain attention looks at a pack as a whole: on a CPU rows of similar length side by side are faster.
@@ -121,10 +135,18 @@ class Learner:
         self.layout: Layout = "packed" if packs and supports_packing(loaded) else "padded"
         if config.activation_checkpointing:
             loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not dropout:
+            switch_off_dropout(loaded)
+        if config.lora is not None:
+            add_adapter(
+                loaded,
+                config.lora,
+                seed=derive_seed(seed, "lora", place.role),
+                where=f"{place.role}.lora",
+                trained=("score",) if head == "score" else (),
+            )
         torch.manual_seed(derive_seed(seed, place.role, place.rank))
         network = build_network(loaded, head)
-        if not dropout:
-            switch_off_dropout(network)
         self.engine = TrainingEngine(network, settings=config, device=self.device, total_steps=total_steps)
 
     # ------------------------------------------------------------------------------- judging
@@ -135,6 +157,12 @@ class Learner:
         for rows, outputs in self._judge(sequences, temperature):
             found[rows] = outputs.logprobs.float().cpu()
         return found
+
+    def reference_logprobs(self, sequences: Sequences, temperature: float | None = None) -> TokenFloat:
+        """As `logprobs`, of the network with its adapter switched off: of the model that training started from."""
+        assert self.config.lora is not None, "a network without an adapter has no reference in itself"
+        with adapter_off(self.engine.module):
+            return self.logprobs(sequences, temperature)
 
     def values(self, sequences: Sequences) -> Values:
         """The critic's values of rows that it may never have seen."""
@@ -269,8 +297,13 @@ class Learner:
     # ------------------------------------------------------------------------------- weights
 
     def weights(self, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The model's weights by their Hugging Face names; every worker must iterate to the end."""
-        return self.engine.buckets(self._hugging_face_model(), bucket_bytes=bucket_bytes)
+        """The model's weights by their Hugging Face names, or its adapter's by those of peft's adapter files.
+
+        Every worker must iterate to the end.
+        """
+        model = self._hugging_face_model()
+        owned = named_weights(model) if self.config.lora is None else adapter_weights(model)
+        return self.engine.buckets(owned, bucket_bytes=bucket_bytes)
 
     def _hugging_face_model(self) -> PreTrainedModel:
         network = self.engine.module
@@ -288,7 +321,7 @@ class Learner:
         return open_store(timeout_s)
 
     def send_weights(self, spec: TransportSpec, version: int) -> SentWeights:
-        """Sends the language model's weights to the generators; every worker calls it, the first one sends.
+        """Sends the language model's `weights` to the generators; every worker calls it, the first one sends.
 
         Raises:
             WeightSyncError: a receiver failed, or a deadline passed.
@@ -297,20 +330,55 @@ class Learner:
             self._sender = Sender.renewed(self._sender, spec)
         return send_buckets(self._sender, version, self.weights(bucket_bytes=spec.bucket_bytes), role=self.place.role)
 
+    def model_bytes(self) -> int:
+        """Bytes of the whole model, as a sync without an adapter sends it."""
+        return self.engine.nbytes(named_weights(self._hugging_face_model()))
+
     def save_model(self, path: Path, notes: Mapping[str, float] | None = None) -> None:
-        """Writes a Hugging Face directory; every worker calls it, the first one writes.
+        """Writes a Hugging Face directory, or a peft adapter directory; every worker calls it, the first one writes.
 
         Args:
             path: the directory.
-            notes: what its config.json says besides.
+            notes: what its config.json says besides; beside an adapter, what notes.json says.
         """
-        writer = ModelWriter(Path(path), self._hugging_face_model()) if self.place.rank == 0 else None
-        for bucket in self.weights(bucket_bytes=_SAVE_BUCKET_BYTES):
-            if writer:
-                writer.add(bucket)
-        if writer:
-            writer.finish(self.tokenizer, notes=notes or {})
+        lora = self.config.lora
+        if lora is not None and lora.result == "adapter":
+            self._save_adapter(Path(path), lora, notes or {})
+        else:
+            self._save_whole(Path(path), notes or {})
         self._most(0)
+
+    def _save_whole(self, path: Path, notes: Mapping[str, float]) -> None:
+        model = self._hugging_face_model()
+        adapter = {} if self.config.lora is None else self._collected()
+        writer = ModelWriter(path, model) if self.place.rank == 0 else None
+        for bucket in self.engine.buckets(named_weights(model), bucket_bytes=_SAVE_BUCKET_BYTES):
+            if writer:
+                writer.add(merged(model, bucket, adapter))
+        if writer:
+            writer.finish(self.tokenizer, notes=notes)
+
+    def _save_adapter(self, path: Path, lora: schema.Lora, notes: Mapping[str, float]) -> None:
+        model = self._hugging_face_model()
+        weights = self._collected()
+        if self.place.rank == 0:
+            config = adapter_config(
+                lora,
+                weights,
+                base=self._base[0],
+                revision=self._base[1],
+                task="SEQ_CLS" if isinstance(self.engine.module, RewardModel) else "CAUSAL_LM",
+                transposed=keeps_weights_transposed(model),
+            )
+            write_adapter(path, weights, config, self.tokenizer, notes=notes)
+
+    def _collected(self) -> dict[str, Tensor]:
+        """The whole adapter; empty on all workers but the first."""
+        kept: dict[str, Tensor] = {}
+        for bucket in self.weights(bucket_bytes=_SAVE_BUCKET_BYTES):
+            if self.place.rank == 0:
+                kept |= {name: tensor.clone() for name, tensor in bucket}
+        return kept
 
     def save(self, directory: Path) -> None:
         """Writes weights, optimizer and schedule to a directory that all workers share; every worker calls it."""

@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero3": {"zero": 3, "activation_checkpointing": True, "micro_batch_sequences": 1},
     "zero3_bfloat16": {"zero": 3, "dtype": "bfloat16"},
 }
+LORA_RUNS: dict[str, dict[str, Any]] = {f"lora_{name}": settings for name, settings in RUNS.items()}
 
 
 def draw_sequences(rows: int) -> Sequences:
@@ -65,38 +66,18 @@ def draw_experience(sequences: Sequences) -> Experience:
 def run(name: str, model: Path, output: Path) -> dict[str, Any]:
     """Trains, saves, trains on, and repeats the last part from what was saved."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    optimizer = schema.Optimizer(learning_rate=1e-2, betas=(0.0, 0.0), eps=1.0, gradient_clip=1.0, schedule="cosine")
     sequences = draw_sequences(7)
     experience = draw_experience(sequences)
-    policy = PolicyObjective(
-        ClippedPolicyLoss(
-            clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0, aggregation="token_mean"
-        ),
-        None,
-    )
-    joint = JointObjective(policy, ValueObjective(ValueLoss(0.2, "token_mean")), 0.5)
+    joint = _joint()
 
     def start(head: Head = "both") -> Learner:
-        return Learner(
-            Place("policy", rank, size),
-            config=schema.Learner(**RUNS[name], optimizer=optimizer),
-            model=str(model),
-            revision=None,
-            head=head,
-            seed=1,
-            total_steps=20,
-            timeout_s=60,
-        )
-
-    def weights(learner: Learner) -> dict[str, torch.Tensor]:
-        pairs = (pair for bucket in learner.weights(bucket_bytes=100_000) for pair in map(_copied, bucket))
-        return dict(pairs)
+        return _start(model, RUNS[name], head)
 
     learner = start()
     metrics = [learner.update(experience, joint, epochs=1, mini_batches=2, iteration=1)]
     learner.save(output / name / "saved")
     metrics.append(learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2))
-    trained = weights(learner)
+    trained = _weights(learner)
     # Unlike numbers of rows on the ranks, and none on the last.
     mine = sequences.select([0, 1, 2, 3, 4, 5, 6] if rank == 0 else [])
     logprobs = learner.logprobs(mine)
@@ -107,7 +88,7 @@ def run(name: str, model: Path, output: Path) -> dict[str, Any]:
     resumed = start()
     resumed.load(output / name / "saved")
     again = resumed.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2)
-    same = again == metrics[1] and all(torch.equal(tensor, trained[key]) for key, tensor in weights(resumed).items())
+    same = again == metrics[1] and all(torch.equal(tensor, trained[key]) for key, tensor in _weights(resumed).items())
     one_row = resumed.update(sequences.select([3]), LanguageObjective(), epochs=1, mini_batches=1, iteration=3)
     os.environ["RLHF_RAY_FAULT"] = f"update:policy:{size - 1}:4:nan"
     skipped = resumed.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=4)
@@ -129,6 +110,64 @@ def run(name: str, model: Path, output: Path) -> dict[str, Any]:
     }
 
 
+def run_lora(name: str, model: Path, output: Path) -> dict[str, Any]:
+    """Trains an adapter, saves, trains on, and repeats the last part from what was saved."""
+    rank = int(os.environ["RANK"])
+    lora = schema.Lora(rank=4, alpha=16.0, dropout=0.0)
+    sequences = draw_sequences(7)
+    learner = _start(model, LORA_RUNS[name] | {"lora": lora}, "both")
+    before = learner.logprobs(sequences)
+    metrics = [learner.update(draw_experience(sequences), _joint(), epochs=1, mini_batches=2, iteration=1)]
+    learner.save(output / name / "saved")
+    # Unlike numbers of rows on the ranks, and none on the last.
+    mine = sequences.select([0, 1, 2, 3, 4, 5, 6] if rank == 0 else [])
+    reference = learner.reference_logprobs(mine)
+    metrics.append(learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2))
+    trained = _weights(learner)
+    logprobs = learner.logprobs(mine)
+    learner.save_model(output / name / "model")
+    learner.close()
+
+    resumed = _start(model, LORA_RUNS[name] | {"lora": lora}, "both")
+    resumed.load(output / name / "saved")
+    again = resumed.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2)
+    same = again == metrics[1] and all(torch.equal(tensor, trained[key]) for key, tensor in _weights(resumed).items())
+    resumed.close()
+    if rank == 0:
+        save_file(trained | {"logprobs": logprobs}, output / f"{name}.safetensors")
+    return {
+        "metrics": metrics,
+        "resumed_equal": same,
+        "reference_equal": torch.equal(reference, before[: len(reference)]),
+        "saved_bytes": sum(file.stat().st_size for file in (output / name / "saved").rglob("*.pt")),
+    }
+
+
+def _joint() -> JointObjective:
+    clipped = ClippedPolicyLoss(
+        clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0, aggregation="token_mean"
+    )
+    return JointObjective(PolicyObjective(clipped, None), ValueObjective(ValueLoss(0.2, "token_mean")), 0.5)
+
+
+def _start(model: Path, settings: dict[str, Any], head: Head) -> Learner:
+    optimizer = schema.Optimizer(learning_rate=1e-2, betas=(0.0, 0.0), eps=1.0, gradient_clip=1.0, schedule="cosine")
+    return Learner(
+        Place("policy", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])),
+        config=schema.Learner(**settings, optimizer=optimizer),
+        model=str(model),
+        revision=None,
+        head=head,
+        seed=1,
+        total_steps=20,
+        timeout_s=60,
+    )
+
+
+def _weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return dict(pair for bucket in learner.weights(bucket_bytes=100_000) for pair in map(_copied, bucket))
+
+
 def _copied(pair: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
     return pair[0], pair[1].clone()
 
@@ -137,5 +176,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[2])
     names = sys.argv[3].split(",")
-    found = {name: run(name, Path(sys.argv[1]), target) for name in names}
+    found = {name: (run if name in RUNS else run_lora)(name, Path(sys.argv[1]), target) for name in names}
     (target / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))

@@ -32,7 +32,9 @@ def start(cluster: Cluster) -> Iterator[Start]:
     with ExitStack() as stack:
         running: list[Any] = []
 
-        def one(model: str, *, max_model_len: int = 160, seed: int = 1) -> WorkerGroup[Generator]:
+        def one(
+            model: str, *, max_model_len: int = 160, seed: int = 1, lora: schema.Lora | None = None
+        ) -> WorkerGroup[Generator]:
             for placement in running:
                 placement.close()
             request = RoleRequest("generator", env=engine_environment(CONFIG, gpu=False), reuse="generator")
@@ -47,6 +49,7 @@ def start(cluster: Cluster) -> Iterator[Start]:
                 tokenizer=model,
                 max_model_len=max_model_len,
                 seed=seed,
+                lora=lora,
             )
             group.ready.result()
             return group
@@ -169,3 +172,18 @@ def test_responses_end_where_they_should(models: dict[str, str], start: Start) -
 def test_a_model_that_is_too_short_is_refused(models: dict[str, str], start: Start) -> None:
     with pytest.raises(ConfigError, match=r"may take 300 tokens, the model's longest sequence is 256"):
         start(models["gpt2"], max_model_len=300)
+
+
+def test_adapters_that_vllm_has_no_room_for(models: dict[str, str], start: Start) -> None:
+    """And an engine that waits for an adapter computes what the base does, as does the next one in its process."""
+    for name, wrong, message in (
+        ("gpt2", schema.Lora(), r"no adapters for GPT2LMHeadModel; set generator\.engine=hf"),
+        ("tied llama", schema.Lora(target_modules=("lm_head",)), r"policy\.lora\.target_modules: got lm_head"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            start(models[name], lora=wrong)
+    probes = [
+        start(models["tied llama"], lora=lora).first(Generator.probe).result().logprobs
+        for lora in (schema.Lora(rank=9), None)
+    ]
+    assert (probes[0] - probes[1]).abs().max() < 1e-5

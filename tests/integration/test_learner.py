@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.integration.learner_ranks import RUNS, draw_sequences
+from tests.integration.learner_ranks import LORA_RUNS, RUNS, draw_sequences
 
 FLOAT32 = [name for name in RUNS if "bfloat16" not in name]
+LORA_FLOAT32 = [name for name in LORA_RUNS if "bfloat16" not in name]
 
 
 def _run(size: int, names: list[str], model: Path, output: Path) -> list[dict[str, Any]]:
@@ -46,17 +47,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(gpt2_directory: Path, folder: Path) -> dict[str, Any]:
-    """Results of one rank at ZeRO 0."""
+def alone_on_one_rank(gpt2_directory: Path, folder: Path) -> dict[str, Any]:
+    """Results of one rank at ZeRO 0, by the run's name."""
     (folder / "alone").mkdir()
-    return _run(1, ["zero0"], gpt2_directory, folder / "alone")[0]["zero0"]  # type: ignore[no-any-return]
+    return _run(1, ["zero0", "lora_zero0"], gpt2_directory, folder / "alone")[0]
+
+
+@pytest.fixture(scope="module")
+def alone(alone_on_one_rank: dict[str, Any]) -> dict[str, Any]:
+    """Results of one rank at ZeRO 0."""
+    return alone_on_one_rank["zero0"]  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
 def pair(gpt2_directory: Path, folder: Path) -> list[dict[str, Any]]:
     """Results of two ranks, in every setting."""
     (folder / "pair").mkdir()
-    return _run(2, list(RUNS), gpt2_directory, folder / "pair")
+    return _run(2, [*RUNS, *LORA_RUNS], gpt2_directory, folder / "pair")
 
 
 @pytest.mark.parametrize("name", FLOAT32)
@@ -124,3 +131,44 @@ def test_saved_model_is_the_trained_one(pair: list[dict[str, Any]], folder: Path
 def test_bfloat16_stays_near_float32(pair: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     found = [metrics["loss"] for metrics in pair[0]["zero3_bfloat16"]["metrics"]]
     assert found == pytest.approx([metrics["loss"] for metrics in alone["metrics"]], abs=0.05)
+
+
+@pytest.mark.parametrize("name", LORA_FLOAT32)
+def test_two_ranks_learn_the_adapter_that_one_learns(
+    alone_on_one_rank: dict[str, Any], pair: list[dict[str, Any]], folder: Path, name: str
+) -> None:
+    for rank in pair:
+        wanted_metrics = alone_on_one_rank["lora_zero0"]["metrics"]
+        for step, (wanted, found) in enumerate(zip(wanted_metrics, rank[name]["metrics"], strict=True)):
+            assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5), f"step {step}"
+    wanted_weights = load_file(folder / "alone" / "lora_zero0.safetensors")
+    found_weights = load_file(folder / "pair" / f"{name}.safetensors")
+    assert found_weights.keys() == wanted_weights.keys()
+    for key, wanted_tensor in wanted_weights.items():
+        torch.testing.assert_close(
+            found_weights[key], wanted_tensor, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", list(LORA_RUNS))
+def test_adapters_resume_bit_for_bit_and_switch_off_to_the_base(
+    pair: list[dict[str, Any]], gpt2_directory: Path, name: str
+) -> None:
+    assert [rank[name]["resumed_equal"] for rank in pair] == [True, True]
+    assert [rank[name]["reference_equal"] for rank in pair] == [True, True]
+    base = sum(file.stat().st_size for file in gpt2_directory.glob("*.safetensors"))
+    assert pair[0][name]["saved_bytes"] < base / 2
+
+
+@pytest.mark.parametrize("name", list(LORA_RUNS))
+def test_the_merged_model_is_the_trained_one(pair: list[dict[str, Any]], folder: Path, name: str) -> None:
+    logprobs = load_file(folder / "pair" / f"{name}.safetensors")["logprobs"]
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder / "pair" / name / "model", dtype=dtype)
+    sequences = draw_sequences(7)
+    length = int(sequences.lengths()[0])
+    expected = model(sequences.tokens[:1, :length]).logits[0].float().log_softmax(-1)
+    for position in sequences.response_mask[0].nonzero().flatten().tolist():
+        token = sequences.tokens[0, position]
+        tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
+        assert logprobs[0, position].item() == pytest.approx(expected[position - 1, token].item(), abs=tolerance)

@@ -35,6 +35,17 @@ CASES: dict[str, dict[str, Any]] = {
         "sampling": {"samples_per_prompt": 2},
         "kl": {"place": "off"},
     },
+    "adapter, value head": {
+        "policy": {"lora": {"rank": 2}, "optimizer": {"learning_rate": 1e-2}},
+        "critic": {"kind": "value_head"},
+    },
+    "adapter, hf engine, a reference of its own": {
+        "policy": {"lora": {"rank": 2}, "optimizer": {"learning_rate": 1e-2}},
+        "reference": {"adapter_off": False},
+        "generator": {"engine": "hf"},
+        "advantages": {"estimator": "leave_one_out"},
+        "sampling": {"samples_per_prompt": 2},
+    },
     "reinforce_baseline, generator's log-probabilities": {
         "advantages": {"estimator": "reinforce_baseline"},
         "sampling": {"samples_per_prompt": 2},
@@ -67,6 +78,11 @@ def test_ppo_runs_to_its_end(changes: dict[str, Any], tmp_path: Path, cluster: C
     else:
         assert rows[1]["kl/per_sequence"] == pytest.approx(0, abs=0.5 if stage.policy.dtype == "bfloat16" else 1e-3)
         assert rows[2]["kl/per_sequence"] != rows[1]["kl/per_sequence"]
+    separate = stage.kl_place != "off" and not stage.adapter_is_off_in_reference
+    assert ("reference/peak_memory_gib" in rows[1]) == separate
+    if stage.policy.lora is not None:
+        assert all(row["sync/share_of_model"] < 0.05 for row in rows[1:])
+        assert separate or rows[1]["kl/k2"] == 0, "without its adapter the policy is the base, to the last bit"
     assert "evaluation/reward_mean" in rows[0]
     assert "evaluation/reward_mean" in rows[2]
 

@@ -1,4 +1,4 @@
-"""The quickstart, run once as a user runs it, and what it promises."""
+"""The quickstart, run once as a user runs it but for fewer steps, and what it promises."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rlhf_ray.trainers.metrics import distinct_bigram_share, read_metrics
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 900
+SHORTER = ("sft.steps=180", "reward_model.steps=40", "ppo.iterations=8")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def tree_memory_gib(root: psutil.Process) -> float:
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    command = [sys.executable, "-m", "rlhf_ray", "run", "pipelines/quickstart.yaml", f"run_dir={folder}"]
+    command = [sys.executable, "-m", "rlhf_ray", "run", "pipelines/quickstart.yaml", f"run_dir={folder}", *SHORTER]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -71,13 +72,30 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 pytestmark = pytest.mark.timeout(LIMIT_S + 60)
 
 
-def test_the_share_of_positive_reviews_rises(quickstart: Quickstart) -> None:
+def test_the_reward_model_tells_better_reviews(quickstart: Quickstart) -> None:
+    rows = read_metrics(quickstart.folder, "reward_model")
+    assert rows[0]["evaluation/accuracy"] == pytest.approx(0.5)
+    assert rows[-1]["evaluation/accuracy"] > 0.9
+    assert rows[-1]["evaluation/accuracy_chosen_shorter"] > 0.85
+
+
+def test_the_true_sentiment_rises_with_the_learned_reward(quickstart: Quickstart) -> None:
     last = read_metrics(quickstart.folder, "ppo")[-1]["iteration"]
     before, after = quickstart.evaluation(0), quickstart.evaluation(last)
     assert len(before) == len(after) == 200
-    assert (before["score"] > 0).mean() == pytest.approx(0.5, abs=0.1)
-    assert (after["score"] > 0).mean() >= 0.8
+    assert after["score_learned"].mean() > before["score_learned"].mean() + 0.5
+    assert (before["score_sentiment"] > 0).mean() == pytest.approx(0.5, abs=0.1)
+    assert (after["score_sentiment"] > 0).mean() >= 0.7
     assert distinct_bigram_share(list(after["response"])) >= 0.5 * distinct_bigram_share(list(before["response"]))
+
+
+def test_the_true_sentiment_is_reported_only(quickstart: Quickstart) -> None:
+    rows = [row for row in read_metrics(quickstart.folder, "ppo") if row["iteration"] > 0]
+    assert all(row["reward/mean"] == pytest.approx(row["reward/learned_mean"]) for row in rows)
+    assert all(abs(row["reward/sentiment_mean"]) <= 1 for row in rows)
+    assert "held-out sentiment mean" in quickstart.output
+    samples = quickstart.evaluation(0)
+    assert samples["score"].equals(samples["score_learned"])
 
 
 def test_kl_is_visible_and_bounded(quickstart: Quickstart) -> None:
@@ -104,7 +122,14 @@ def test_the_result_is_a_hugging_face_directory(quickstart: Quickstart) -> None:
 
 
 def test_the_run_folder_has_what_the_readme_says(quickstart: Quickstart) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "tensorboard", "sft/model/config.json", "ppo/done.json"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "sft/model/config.json",
+        "reward_model/model/config.json",
+        "ppo/done.json",
+    ):
         assert (quickstart.folder / name).exists(), name
     assert (
         len(list((quickstart.folder / "ppo/rollouts").glob("*.parquet")))

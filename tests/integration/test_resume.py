@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,15 +20,29 @@ from tests.integration.tiny_runs import comparable, run, tiny_ppo, weights_diges
 ROOT = Path(__file__).parents[2]
 
 
-def six_iterations(folder: Path, *, name: str, zero: int) -> Pipeline:
+@dataclass(frozen=True)
+class Setup:
+    """How the six iterations are trained."""
+
+    zero: int
+    lora: bool = False
+
+
+def six_iterations(folder: Path, *, name: str, setup: Setup) -> Pipeline:
     """PPO with two learners of each kind, two generators, and everything that has a state: schedule, KL controller."""
-    learner = {"workers": 2, "zero": zero}
+    learner = {"workers": 2, "zero": setup.zero}
+    policy = {"optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3}}
+    with_critic: dict[str, Any] = {"policy": learner | policy, "critic": learner}
+    with_adapter: dict[str, Any] = {
+        "policy": learner | policy | {"lora": {"rank": 2, "dropout": 0.1}},
+        "advantages": {"estimator": "leave_one_out"},
+        "sampling": {"samples_per_prompt": 2},
+    }
     return tiny_ppo(
         folder,
         run=name,
         iterations=6,
-        policy=learner | {"optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3}},
-        critic=learner,
+        **with_adapter if setup.lora else with_critic,
         generator={"workers": 2},
         kl={"controller": "adaptive", "target": 0.5, "coefficient": 0.05, "horizon": 100},
         evaluation={"every": 2},
@@ -34,13 +50,16 @@ def six_iterations(folder: Path, *, name: str, zero: int) -> Pipeline:
     )
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["ZeRO-0", "ZeRO-2"])
+SETUPS = {"ZeRO-0": Setup(0), "ZeRO-2": Setup(2), "ZeRO-2, adapter": Setup(2, lora=True)}
+
+
+@pytest.fixture(scope="module", params=SETUPS.values(), ids=SETUPS.keys())
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cluster: Cluster
-) -> tuple[int, Path]:
-    """A ZeRO stage, and a folder with a run of six iterations that nothing disturbed."""
+) -> tuple[Setup, Path]:
+    """A setup, and a folder with a run of six iterations that nothing disturbed."""
     folder = tmp_path_factory.mktemp("resume")
-    rows = run(six_iterations(folder, name="whole", zero=request.param), folder)
+    rows = run(six_iterations(folder, name="whole", setup=request.param), folder)
     assert len(rows) == 7
     assert rows[6]["kl/coefficient"] != rows[1]["kl/coefficient"]
     return request.param, folder
@@ -52,10 +71,10 @@ def assert_equal_runs(folder: Path, name: str) -> None:
 
 
 def test_stop_and_resume_equals_an_undisturbed_run(
-    undisturbed: tuple[int, Path], monkeypatch: pytest.MonkeyPatch
+    undisturbed: tuple[Setup, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    zero, folder = undisturbed
-    stopped = six_iterations(folder, name="stopped", zero=zero)
+    setup, folder = undisturbed
+    stopped = six_iterations(folder, name="stopped", setup=setup)
     monkeypatch.setenv(VARIABLE, "committed:driver:0:4:raise")
     with pytest.raises(RuntimeError, match="injected fault"):
         run(stopped, folder)
@@ -65,11 +84,11 @@ def test_stop_and_resume_equals_an_undisturbed_run(
     assert_equal_runs(folder, "stopped")
 
 
-def test_kill_9_of_the_driver_then_resume(undisturbed: tuple[int, Path], cluster: Cluster) -> None:
-    zero, folder = undisturbed
-    if zero == 0:
-        pytest.skip("one stage is enough for the kill; the stop is tested with both")
-    killed = six_iterations(folder, name="killed", zero=zero)
+def test_kill_9_of_the_driver_then_resume(undisturbed: tuple[Setup, Path], cluster: Cluster) -> None:
+    setup, folder = undisturbed
+    if setup != Setup(2):
+        pytest.skip("one setup is enough for the kill; the stop is tested with all of them")
+    killed = six_iterations(folder, name="killed", setup=setup)
     file = folder / "killed.yaml"
     file.write_text(dump_pipeline(killed))
     command = [sys.executable, "-m", "rlhf_ray", "run", str(file)]

@@ -9,14 +9,17 @@ from typing import Any
 import pandas
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_ray.cli import main
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Sequences
 from rlhf_ray.data.preferences import load_preferences
+from rlhf_ray.distributed.faults import VARIABLE
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.models.loading import load_tokenizer
-from tests.integration.tiny_runs import merged, run, tiny_ppo
+from tests.integration.tiny_runs import comparable, merged, run, tiny_ppo, weights_digest
 from tests.tiny_models import TEXTS, make_gpt2, make_llama
 
 
@@ -73,20 +76,70 @@ def test_a_reward_model_scores_ppo(tmp_path: Path, cluster: Cluster) -> None:
     assert len(set(scores.tolist())) > 1
 
 
-def test_two_workers_and_a_model_that_pads_with_its_end_of_text(tmp_path: Path, cluster: Cluster) -> None:
+def test_a_model_that_pads_with_its_end_of_text_and_the_report_on_any_pairs(tmp_path: Path, cluster: Cluster) -> None:
     stage = reward_stage(tmp_path, make_gpt2(tmp_path / "gpt2"), policy={"workers": 2, "zero": 3}, steps=15)
     rows = run(pipeline(tiny_ppo(tmp_path), stage, with_ppo=False), tmp_path)
     assert rows[-1]["evaluation/accuracy"] > 0.9
-    directory = str(tmp_path / "run/reward_model/model")
+
+    # In one batch, with the tokenizer's own padding, by plain transformers.
+    directory = tmp_path / "run/reward_model/model"
     pairs = load_preferences(
-        schema.PreferenceData.model_validate(stage["data"]), load_tokenizer(directory), seed=1, sources="evaluation"
+        schema.PreferenceData.model_validate(stage["data"]),
+        load_tokenizer(str(directory)),
+        seed=1,
+        sources="evaluation",
     ).all()
+    both = rows_of(pairs.chosen) + rows_of(pairs.rejected)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert {row[-1] for row in both} == {tokenizer.eos_token_id}
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    batch = tokenizer.pad({"input_ids": both}, return_tensors="pt")
+    assert not batch["attention_mask"].all()
     model = AutoModelForSequenceClassification.from_pretrained(directory)
-    margins = []
-    for chosen, rejected in zip(rows_of(pairs.chosen), rows_of(pairs.rejected), strict=True):
-        with torch.no_grad():
-            margins.append(float(model(torch.tensor([chosen])).logits - model(torch.tensor([rejected])).logits))
-    assert sum(margins) / len(margins) == pytest.approx(rows[-1]["evaluation/margin"], abs=1e-5)
+    with torch.no_grad():
+        chosen, rejected = model(**batch).logits[:, 0].chunk(2)
+    assert float((chosen - rejected).mean()) == pytest.approx(rows[-1]["evaluation/margin"], abs=1e-5)
+
+    # The same pairs through the scoring actors, named by the run's folder, from the command line.
+    found = tmp_path / "report.json"
+    arguments = [str(tmp_path / "run"), stage["data"]["evaluation"], "--json", str(found), "--workers", "2"]
+    with pytest.raises(SystemExit) as done:
+        main(["evaluate", *arguments])
+    assert done.value.code == 0
+    report = json.loads(found.read_text())
+    expected = {name: value for name, value in rows[-1].items() if name.startswith("evaluation/")}
+    assert {f"evaluation/{name}": value for name, value in report["metrics"].items()} == pytest.approx(
+        expected, abs=1e-5
+    )
+    kept = json.loads((tmp_path / "run/reward_model/evaluation/preferences_000015.json").read_text())
+    assert report["accuracy_interval"] == pytest.approx(kept["accuracy_interval"])
+    assert [part["pairs"] for part in report["by_length"]] == [part["pairs"] for part in kept["by_length"]]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard/reward_model")).Reload()
+    assert [event.step for event in events.Histograms("evaluation/margins")] == [0, 15]
+
+
+def test_stop_and_resume_equals_an_undisturbed_run(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = {"optimizer": {"schedule": "cosine", "warmup_steps": 2}}
+    stage = reward_stage(
+        tmp_path,
+        make_gpt2(tmp_path / "gpt2"),
+        policy=policy,
+        steps=6,
+        dropout=True,
+        evaluation={"every": 2},
+        checkpoints={"every": 3},
+    )
+    whole, stopped = (pipeline(tiny_ppo(tmp_path, run=name), stage, with_ppo=False) for name in ("whole", "stopped"))
+    rows = run(whole, tmp_path)
+    monkeypatch.setenv(VARIABLE, "committed:driver:0:4:raise")
+    with pytest.raises(RuntimeError, match="injected fault"):
+        run(stopped, tmp_path)
+    monkeypatch.delenv(VARIABLE)
+    assert comparable(run(stopped, tmp_path, resume=True)) == comparable(rows)
+    assert weights_digest(stopped.run_dir, "reward_model") == weights_digest(whole.run_dir, "reward_model")
+    assert rows[6]["policy/loss"] < rows[1]["policy/loss"]
 
 
 def rows_of(sequences: Sequences) -> list[list[int]]:

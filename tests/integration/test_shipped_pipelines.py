@@ -8,6 +8,7 @@ from typing import Any
 import pandas
 import pytest
 
+from benchmarks.hh import overrides
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.pipeline import run_pipeline
@@ -88,3 +89,36 @@ def test_ppo_stories(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.Monke
     assert [row["iteration"] for row in rows] == [0, 1]
     assert rows[0]["evaluation/reward_mean"] == pytest.approx(0.12, abs=0.03)
     assert rows[1]["generator/logprob_diff_mean"] < 1e-4
+
+
+def test_rlhf_hh(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared("preference/hh-helpful-base.train.jsonl.gz")
+    monkeypatch.chdir(PIPELINES.parent)
+    run = tmp_path / "run"
+    rows = run_shipped(
+        "rlhf_hh.yaml",
+        [
+            *overrides("rlhf_hh"),
+            f"run_dir={run}",
+            *few_steps("sft", "reward_model"),
+            "ppo.data.evaluation.rows=8",
+            "ppo.iterations=1",
+            "ppo.prompts_per_iteration=8",
+            "ppo.mini_batches=1",
+            "ppo.sampling.max_new_tokens=16",
+        ],
+    )
+    by_stage = {row["stage"]: row for row in rows}
+    assert list(by_stage) == ["sft", "reward_model", "ppo"]
+    assert 0 < by_stage["reward_model"]["evaluation/accuracy"] < 1
+    assert by_stage["ppo"]["generator/logprob_diff_mean"] < 1e-4
+    journal = pandas.read_parquet(run / "ppo/rollouts/iteration_000001.parquet")
+    assert journal["prompt"].str.endswith("Assistant:").all()
+    (scores,) = [journal[name] for name in journal.columns if name.startswith("score_")]
+    assert scores.nunique() > 1
+
+
+def few_steps(*stages: str) -> list[str]:
+    """Overrides that leave two steps of eight rows to each stage, and 16 rows to its evaluation."""
+    sizes = ("batch_size=8", "data.train.rows=16", "data.evaluation.rows=16")
+    return [f"{stage}.{size}" for stage in stages for size in sizes]

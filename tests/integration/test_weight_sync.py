@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +51,8 @@ class FaultyLearner(Learner):
         sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
         with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)), torch.no_grad():
             for parameter in parameters:
-                parameter.mul_(1.02).add_(0.003)
+                if parameter.requires_grad:
+                    parameter.mul_(1.02).add_(0.003)
 
     def weights(self, *, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         for bucket in super().weights(bucket_bytes=bucket_bytes):
@@ -58,10 +60,19 @@ class FaultyLearner(Learner):
 
 
 class FaultyGenerator(Generator):
-    """A generator that a test can give a fault."""
+    """A generator that a test can give a fault, and ask for its adapter."""
 
     def set_fault(self, text: str) -> None:
         set_fault(text)
+
+    def repeat_id(self) -> None:
+        """The next adapter gets the id of the present one."""
+        self.engine._loads -= 1  # type: ignore[attr-defined]
+
+    def adapter(self) -> tuple[str, int, set[int]]:
+        """Name and id of the adapter in use, and all ids that vLLM holds."""
+        request, llm = self.engine._adapter, self.engine._llm  # type: ignore[attr-defined]
+        return request.lora_name, request.lora_int_id, llm.llm_engine.list_loras()
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,8 @@ class Groups:
 
 
 @contextmanager
-def started(cluster: Cluster, model: str, *, zero: int) -> Iterator[Groups]:
-    learner = schema.Learner.model_validate({"workers": 2, "zero": zero})
+def started(cluster: Cluster, model: str, *, zero: int, lora: schema.Lora | None = None) -> Iterator[Groups]:
+    learner = schema.Learner.model_validate({"workers": 2, "zero": zero, "lora": lora})
     environment = engine_environment(GENERATOR, gpu=False)
     requests = [
         RoleRequest("policy", workers=2, rendezvous=True),
@@ -102,6 +113,7 @@ def started(cluster: Cluster, model: str, *, zero: int) -> Iterator[Groups]:
             tokenizer=model,
             max_model_len=160,
             seed=1,
+            lora=lora,
         )
         gather(policy.ready, generator.ready)
 
@@ -126,6 +138,12 @@ FAULTS = {
     "generator:1:2:keep_old": "generator 1, version 2: it does not compute with the learner's weights",
     "generator:1:2:skip_cache_reset": "generator 1, version 2: its prefix cache is of earlier weights",
 }
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+ADAPTER_FAULTS = {place: text.replace("model.embed_tokens.weight", FIRST) for place, text in FAULTS.items()}
+# Another version is another adapter to vLLM: what the cache knows of the one before is not read.
+ADAPTER_FAULTS["generator:1:2:skip_cache_reset"] = ""
 
 
 def test_weights_arrive_and_every_fault_is_caught(
@@ -165,3 +183,33 @@ def test_weights_arrive_and_every_fault_is_caught(
         groups.nudge()
         for version in (6, 7):
             assert groups.over_gloo.sync(version)["sync/probe_diff_max"] < 1e-4
+
+
+def test_an_adapter_arrives_and_every_fault_is_caught(cluster: Cluster, tmp_path: Path) -> None:
+    """As above, with the adapter's tensors alone; each version is a new adapter to vLLM, and the only one it holds."""
+    lora = schema.Lora(rank=2, alpha=16.0)
+    with started(cluster, make_llama(tmp_path / "llama"), zero=3, lora=lora) as groups:
+        for version in (0, 1):
+            metrics = groups.sync.sync(version)
+            assert metrics["sync/probe_diff_max"] < 1e-4
+            assert metrics["sync/share_of_model"] < 0.05
+            held = groups.generator.all(FaultyGenerator.adapter).result()
+            assert held == [(f"policy@{version}", version + 1, {version + 1})] * 2
+            groups.nudge()
+        for place, message in ADAPTER_FAULTS.items():
+            groups.set_fault(place)
+            if message:
+                with pytest.raises(WeightSyncError) as caught:
+                    groups.sync.sync(2)
+                assert message in str(caught.value), place
+            else:
+                assert groups.sync.sync(2)["sync/probe_diff_max"] < 1e-4
+            groups.set_fault()
+            assert groups.sync.sync(2)["sync/probe_diff_max"] < 1e-4
+            groups.nudge()
+
+        # vLLM reads no file for an id that it knows: it would go on with the adapter before.
+        groups.generator.all(FaultyGenerator.repeat_id).result()
+        with pytest.raises(WeightSyncError, match="it does not compute with the learner's weights"):
+            groups.sync.sync(3)
+        assert groups.over_gloo.sync(3)["sync/probe_diff_max"] < 1e-4

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.hh import interval, overrides
 from rlhf_ray.config import schema
+from rlhf_ray.config.effects import rewards_of
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.workers.reward_functions import check_function
 
@@ -15,13 +17,20 @@ FILES = sorted(PIPELINES.glob("*.yaml"))
 
 
 def test_the_shipped_files_are_found() -> None:
-    assert {"quickstart", "ppo_imdb", "ppo_stories", "grpo_gsm8k"} <= {file.stem for file in FILES}
+    wanted = "quickstart quickstart_dpo ppo_imdb ppo_stories ppo_lora grpo_gsm8k rlhf_hh dpo_hh online_dpo"
+    assert {file.stem for file in FILES} == set(wanted.split())
+
+
+def needs_shared(name: str) -> None:
+    """Skips where the shared data are missing."""
+    if not (PIPELINES.parents[1] / "shared/data").is_dir():
+        pytest.skip(f"{name} reads ../shared/data, which is not beside this checkout")
 
 
 def loaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> schema.Pipeline:
     """The pipeline, read from the project's folder, where its relative paths start."""
-    if "../shared" in file.read_text() and not (PIPELINES.parents[1] / "shared/data").is_dir():
-        pytest.skip(f"{file.name} reads ../shared/data, which is not beside this checkout")
+    if "../shared" in file.read_text().split("\nrun_dir:")[1]:
+        needs_shared(file.name)
     monkeypatch.chdir(PIPELINES.parent)
     return load_pipeline(file)
 
@@ -35,7 +44,7 @@ def test_a_shipped_file_is_valid(file: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_its_reward_functions_can_be_called(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in loaded(file, monkeypatch).stages:
-        for reward in stage.reward if isinstance(stage, schema.Ppo) else ():
+        for reward in rewards_of(stage):
             if isinstance(reward, schema.FunctionReward):
                 check_function(reward.function, PIPELINES, reward.arguments)
 
@@ -55,3 +64,20 @@ def test_a_misspelt_setting_in_it_is_found(file: Path) -> None:
 
     with pytest.raises(ConfigError, match="seeed"):
         load_pipeline(file, ["seeed=3"])
+
+
+@pytest.mark.parametrize("name", ["rlhf_hh", "dpo_hh"])
+def test_the_small_run_of_a_hub_pipeline_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_shared(name)
+    monkeypatch.chdir(PIPELINES.parent)
+    pipeline = load_pipeline(PIPELINES / f"{name}.yaml", overrides(name))
+    sources = [
+        source.path for stage in pipeline.stages for source in (*stage.data.train, *(stage.data.evaluation or ()))
+    ]
+    assert all(source.startswith("../shared/data/") for source in sources)
+
+
+def test_the_interval_of_a_share() -> None:
+    # Wilson's interval of 5 in 10, by hand: (0.5 + 1.92 / 10 +- 1.96 sqrt(0.025 + 0.0096)) / 1.384.
+    assert interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)

@@ -54,6 +54,8 @@ def problems(folder: Path, **settings: Any) -> list[str]:
         {"generator": {"gpus": 0.5, "memory_share": 0.4}},
         {"policy": {"model": "org/model", "zero": 3, "cpu_offload": True, "revision": "main"}},
         {"policy": {"model": "m", "optimizer": {"schedule": "cosine", "final_ratio": 0.1}}},
+        {"policy": {"model": "m", "lora": {"rank": 8, "result": "adapter"}}, "critic": {"lora": {"rank": 4}}},
+        {"policy": {"model": "m", "lora": {}}, "reference": {"adapter_off": False, "workers": 2}},
     ],
 )
 def test_what_is_right(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -211,3 +213,41 @@ def test_the_context_of_a_fresh_model_holds_for_the_stages_after_it(tmp_path: Pa
 
     assert found(60) == []
     assert found(61) == [("stages", index, "sampling", "max_new_tokens") for index in (1, 2)]
+
+
+def four_bits(**settings: Any) -> Pipeline:
+    policy = {"model": "org/model"} | settings
+    stage = {"method": "sft", "policy": policy, "data": {"train": "synthetic:reviews"}}
+    return Pipeline.model_validate({"run_dir": "runs/test", "stages": [stage]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"lora": {"quantise": "nf4", "result": "adapter"}, "zero": 2}, []),
+        ({"lora": {"quantise": "nf4"}}, ["policy.lora.result: got merged, wanted adapter"]),
+        (
+            {"lora": {"quantise": "nf4", "result": "adapter"}, "zero": 3},
+            ["policy.lora.quantise: got nf4, wanted none, "],
+        ),
+        ({"lora": {"quantise": "nf4", "result": "adapter"}, "gpus": 0}, ["policy.lora.quantise: got nf4, which needs"]),
+    ],
+)
+def test_four_bits(
+    settings: dict[str, Any], wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    found = check_rules(four_bits(**settings), pipeline_dir=tmp_path)
+    texts = [f"{'.'.join(map(str, problem.path[2:]))}: {problem.text}" for problem in found]
+    assert len(texts) == len(wanted)
+    assert all(text.startswith(start) for text, start in zip(texts, wanted, strict=True))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    missing = check_rules(four_bits(**settings), pipeline_dir=tmp_path)[0]
+    assert missing.path[2:] == ("policy", "lora", "quantise")
+    assert "bitsandbytes package is not installed" in missing.text
+
+
+def test_four_bits_beside_a_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    policy = {"model": "org/model", "lora": {"quantise": "nf4", "result": "adapter"}}
+    assert problems(tmp_path, policy=policy) == ["policy.lora.quantise"]

@@ -58,16 +58,18 @@ def test_no_word_is_on_both_sides() -> None:
     assert not sides[0] & sides[1]
 
 
-def test_pairs_share_a_neutral_prompt_and_differ_in_sentiment() -> None:
+def test_pairs_share_a_neutral_prompt_and_the_better_response_is_chosen() -> None:
     rows = preferences("train", 1000)
     assert preferences("train", 20) == rows[:20]
     assert preferences("train", 20, seed=1) != rows[:20]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in reviews("train", 1000)]
-    assert not {row["chosen"] for row in rows} & {row["rejected"] for row in rows}
+    same_side = 0
     for row in rows:
         chosen, rejected = judge(row["prompt"] + row["chosen"]), judge(row["prompt"] + row["rejected"])
-        assert chosen > 0 > rejected
         assert row["margin"] == pytest.approx(chosen - rejected)
+        assert row["margin"] > 0
+        same_side += chosen * rejected > 0
+    assert same_side / len(rows) == pytest.approx(0.38, abs=0.05)
 
 
 def test_neither_side_of_a_pair_is_longer() -> None:

@@ -189,10 +189,30 @@ def test_a_reward_model_starts_from_a_language_model_with_a_head_of_zero(llama_d
     assert model.config.pad_token_id == 0
 
 
-def test_padding_that_is_also_the_end_is_not_named_to_transformers(tmp_path: Path) -> None:
-    """It would take the end of a row for padding, and read the score before it."""
+def test_padding_that_is_also_the_end_gives_way_to_a_token_that_ends_no_text(tmp_path: Path) -> None:
+    """transformers would take the end of a row for padding, and read the score before it."""
     name = make_gpt2(tmp_path / "gpt2")
-    assert load_reward_model(name, None, "float32", load_tokenizer(name)).config.pad_token_id is None
+    tokenizer = load_tokenizer(name)
+    before = tokenizer.get_vocab()
+    texts = ["Haÿ-les-Roses", "ÿÿ", "The film"]
+    ids = tokenizer(texts)["input_ids"]
+    model = load_reward_model(name, None, "float32", tokenizer)
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = load_tokenizer(str(tmp_path / "saved"))
+    assert saved.pad_token_id == tokenizer.pad_token_id
+    assert saved.get_vocab() == before
+    assert saved(texts)["input_ids"] == ids
+    assert tokenizer.pad_token_id not in {token for row in ids for token in row}
+
+
+def test_a_vocabulary_without_a_spare_token_names_no_padding(tmp_path: Path) -> None:
+    name = make_gpt2(tmp_path / "gpt2")
+    tokenizer = load_tokenizer(make_classifier(tmp_path / "words", labels=1))
+    tokenizer.eos_token = tokenizer.pad_token = "[SEP]"
+    assert load_reward_model(name, None, "float32", tokenizer).config.pad_token_id is None
 
 
 def test_a_reward_model_starts_from_a_reward_model(tmp_path: Path) -> None:

@@ -84,6 +84,10 @@ class FakeLearner:
         self.events.append((f"{self.name} logprobs", temperature))
         return torch.where(sequences.response_mask, -1.0, 0.0)
 
+    def reference_logprobs(self, sequences: Sequences, temperature: float | None = None) -> Tensor:
+        self.events.append((f"{self.name} reference_logprobs", temperature))
+        return torch.where(sequences.response_mask, -1.25, 0.0)
+
     def values(self, sequences: Sequences) -> Values:
         self.events.append((f"{self.name} values",))
         values = torch.where(sequences.response_mask, 0.5, 0.0)

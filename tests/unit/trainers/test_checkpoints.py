@@ -269,7 +269,3 @@ def test_the_seed_may_not_change():
 def test_the_length_counts_where_the_learning_rate_depends_on_it():
     linear = {"policy": {"model": "m", "optimizer": {"schedule": "linear"}}}
     assert result_settings(ppo(**linear), seed=1) != result_settings(ppo(**linear, iterations=20), seed=1)
-
-
-def test_the_hash_is_of_the_settings_whatever_their_order():
-    assert state(1, a=1, b=2).config_hash == state(2, b=2, a=1).config_hash != state(1, a=1, b=3).config_hash

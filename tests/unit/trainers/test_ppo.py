@@ -266,6 +266,15 @@ def test_without_a_reference_the_old_policy_is_the_reference() -> None:
     assert events == [("policy logprobs", None)]
 
 
+def test_the_policy_without_its_adapter_is_the_reference() -> None:
+    events: Events = []
+    config = ppo_settings(policy={"model": "org/base", "lora": {}}, sampling={"temperature": 0.5})
+    _, reference, old, _ = gather_judgements(config, ppo_groups(events, reference=False), TWO)
+    close(reference, [-1.25] * 3, [-1.25] * 2)
+    close(old, [-1.0] * 3, [-1.0] * 2)
+    assert events == [("policy reference_logprobs", 0.5), ("policy logprobs", None)]
+
+
 def test_a_value_head_is_asked_for_both() -> None:
     events: Events = []
     policy = FakeLearner(events)

@@ -1,8 +1,8 @@
-"""What is measured on pairs, by hand; and the loop of a reward model, on a learner in this process."""
+"""The loop of a reward model, on a learner in this process."""
 
 from __future__ import annotations
 
-from math import exp, log
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +10,14 @@ import pytest
 import torch
 
 from rlhf_ray.config import schema
-from rlhf_ray.config.rules import PREFERENCE_METRICS
 from rlhf_ray.data.batches import PreferencePairs, make_sequences
 from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.metrics import read_metrics
-from rlhf_ray.trainers.reward_model import calibration_error, judge_pairs, score_statistics, train_reward_model
+from rlhf_ray.trainers.reward_model import score_statistics, train_reward_model
 from rlhf_ray.trainers.run import RunFolder
 from rlhf_ray.workers.objectives import BradleyTerryObjective
 from tests.unit.trainers.fake_workers import Events, FakeLearner, FakeParts, stage_run
-
-
-def test_metrics_by_hand() -> None:
-    metrics = judge_pairs(
-        torch.tensor([1.0, 0.0, -1.0, 2.0]),
-        torch.tensor([0.0, 0.0, 1.0, 1.0]),
-        torch.zeros(4),
-        longer=torch.tensor([True, True, False, False]),
-        shorter=torch.tensor([False, False, True, False]),
-    )
-    assert set(metrics) == set(PREFERENCE_METRICS)
-    # Right, a tie, wrong, right.
-    assert metrics["accuracy"] == pytest.approx(2.5 / 4)
-    assert metrics["accuracy_chosen_longer"] == pytest.approx(0.75)
-    assert metrics["accuracy_chosen_shorter"] == 0
-    assert metrics["margin"] == pytest.approx((1 + 0 - 2 + 1) / 4)
-    assert metrics["loss"] == pytest.approx((2 * log(1 + exp(-1)) + log(2) + log(1 + exp(2))) / 4)
-
-
-def test_a_margin_raises_the_loss_and_nothing_else() -> None:
-    scores = torch.tensor([2.0]), torch.tensor([1.0])
-    masks = {"longer": torch.tensor([False]), "shorter": torch.tensor([False])}
-    plain, wider = (judge_pairs(*scores, torch.tensor([margin]), **masks) for margin in (0.0, 3.0))
-    assert wider.pop("loss") == pytest.approx(log(1 + exp(2)))
-    assert plain.pop("loss") == pytest.approx(log(1 + exp(-1)))
-    assert plain == wider
-    assert "accuracy_chosen_longer" not in plain
-
-
-@pytest.mark.parametrize(
-    ("differences", "error"),
-    [
-        # Three preferences held with 3/4, two of them right, and a tie held with 1/2: |2.25 - 2| / 4.
-        ([log(3), log(3), -log(3), 0.0], 0.0625),
-        # Certain, and right; certain, and wrong.
-        ([100.0], 0.0),
-        ([-100.0], 1.0),
-        # Two bins whose gaps do not cancel: 0.9 held and wrong, 0.6 held and right.
-        ([-log(9), log(1.5)], (0.9 + 0.4) / 2),
-    ],
-)
-def test_calibration_error_by_hand(differences: list[float], error: float) -> None:
-    assert calibration_error(torch.tensor(differences)) == pytest.approx(error, abs=1e-6)
 
 
 class FakePairs:
@@ -137,6 +93,11 @@ def test_steps_and_evaluations(tmp_path: Path) -> None:
     assert [row.get("evaluation/margin") for row in rows] == [0, None, 2, 3]
     assert rows[1]["policy/tokens"] == 2 * 3 + 2 * 2
     assert rows[1]["policy/tokens_per_s"] > 0
+    reports = {path.name: json.loads(path.read_text()) for path in (tmp_path / "run/reward_model/evaluation").iterdir()}
+    assert sorted(reports) == [f"preferences_00000{step}.json" for step in (0, 2, 3)]
+    assert [reports[name]["metrics"]["accuracy"] for name in sorted(reports)] == [0.5, 1.0, 1.0]
+    # Every chosen answer is one token longer.
+    assert [(part["low"], part["pairs"]) for part in reports["preferences_000003.json"]["by_length"]] == [(1, 3)]
 
 
 def test_a_resumed_stage_goes_on_with_the_right_batch(tmp_path: Path) -> None:

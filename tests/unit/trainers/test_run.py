@@ -117,10 +117,10 @@ def test_a_whole_stage(tmp_path):
         assert folder.result("ppo") == result
         assert folder.result("ppo", total=6) == result
         assert folder.result("ppo", total=7) is None
-    assert result.model == run_dir / "ppo" / "model"
+    assert result.output == run_dir / "ppo" / "model"
     assert result.before == {"evaluation/reward_mean": 0.0}
     assert result.after == {"evaluation/reward_mean": 21.0}
-    assert json.loads((result.model / "config.json").read_text()) == {"weights": 21}
+    assert json.loads((result.output / "config.json").read_text()) == {"weights": 21}
     assert (run_dir / "config.yaml").read_text() == "seed: 1\n"
     assert [row["iteration"] for row in read_metrics(run_dir, "ppo")] == [0, 1, 2, 3, 4, 5, 6]
     assert [row["reward/mean"] for row in read_metrics(run_dir)[1:]] == [1, 3, 6, 10, 15, 21]
@@ -138,13 +138,13 @@ def test_a_whole_stage(tmp_path):
     assert "reward mean: 0.000 before, 21.000 after" in text
     assert "response 1 of 0" in text
     assert "response 1 of 6" in text
-    assert str(result.model) in text
+    assert str(result.output) in text
 
 
 def test_the_model_card(tmp_path):
     with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
         result = train(folder, settings(), Counter())
-    card = (result.model / "README.md").read_text()
+    card = (result.output / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     front = yaml.safe_load(front)
     assert front["library_name"] == "transformers"
@@ -171,7 +171,7 @@ def test_a_kill_anywhere_and_a_resume_give_the_undisturbed_run(tmp_path, killed_
     with RunFolder.open(run_dir) as folder:
         result = train(folder, config, Counter())
     assert learnt(run_dir) == undisturbed
-    assert json.loads((result.model / "config.json").read_text()) == {"weights": 21}
+    assert json.loads((result.output / "config.json").read_text()) == {"weights": 21}
     assert result.before == {"evaluation/reward_mean": 0.0}
 
 
@@ -211,7 +211,7 @@ def test_a_run_that_died_while_ending_only_ends(tmp_path):
         assert folder.result("ppo") is None
         result = train(folder, settings(), Counter(), during=never)
     assert result.after == {"evaluation/reward_mean": 21.0}
-    assert "| `reward/mean` |  | 21 |" in (result.model / "README.md").read_text()
+    assert "| `reward/mean` |  | 21 |" in (result.output / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -293,7 +293,7 @@ def test_the_best_model_is_kept(tmp_path):
     assert json.loads((result.best / "config.json").read_text()) == {"weights": 2}
     best = json.loads((result.best / "best.json").read_text())
     assert best == {"metric": "evaluation/reward_mean", "value": 5.0, "iteration": 2}
-    assert json.loads((result.model / "config.json").read_text()) == {"weights": 4}
+    assert json.loads((result.output / "config.json").read_text()) == {"weights": 4}
 
 
 def test_losses_are_minimised():
@@ -327,7 +327,7 @@ def test_a_finished_stage_can_be_prolonged(tmp_path):
     with RunFolder.open(run_dir) as folder:
         assert folder.result("ppo", total=6) is None
         result = train(folder, settings(iterations=6), Counter())
-    assert json.loads((result.model / "config.json").read_text()) == {"weights": 21}
+    assert json.loads((result.output / "config.json").read_text()) == {"weights": 21}
     assert [row["iteration"] for row in read_metrics(run_dir)] == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -408,7 +408,7 @@ def test_any_other_failure_leaves_a_run_to_resume(tmp_path):
 def test_a_model_that_is_gone_is_named(tmp_path):
     with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
         result = train(folder, settings(), Counter())
-        (result.model / "config.json").unlink()
+        (result.output / "config.json").unlink()
         with pytest.raises(CheckpointError, match="is gone"):
             folder.result("ppo")
 
@@ -457,4 +457,3 @@ def test_what_an_evaluation_calls_is_no_training_time(tmp_path):
     assert row["time/generate_s"] == 2.0
     assert row["generator/tokens_per_s"] == 2.0
     assert row["time/evaluation_s"] < 2.0
-    assert row["generator/policy_version_lag"] == 0

@@ -22,8 +22,7 @@ from rlhf_ray.trainers.view import (
 
 EVIL = "good \x1b[2J\x1b[31mfilm\x1b]0;title\x07 \x9b31mred\x00\r\n[bold]loud[/bold]\u202e"
 SUMMARY = Summary(
-    model=Path("/runs/a/ppo/model"),
-    best=Path("/runs/a/ppo/best"),
+    outputs={"model": Path("/runs/a/ppo/model"), "best model": Path("/runs/a/ppo/best")},
     before={"evaluation/reward_mean": 0.1},
     after={"evaluation/reward_mean": 0.9, "evaluation/length_mean": 20.0},
     samples=[SamplePair("The film was", EVIL, "[red]wonderful", -0.5, 0.9)],
@@ -69,6 +68,12 @@ def test_a_reward_run_shows_rewards_and_a_tuning_run_its_loss():
     rl = {"policy/loss": 0.1, "reward/mean": 0.5, "kl/per_sequence": 1.25, "generator/tokens_per_s": 1234.0}
     assert shown(rl) == [("reward", "0.500"), ("KL", "1.25 nats"), ("speed", "1,234 tokens/s")]
     assert shown({"policy/loss": 0.1}) == [("loss", "0.1000")]
+
+
+def test_several_scorers_stand_beside_the_reward():
+    one = {"reward/mean": 0.9, "reward/learned_mean": 0.9, "reward/shaped_mean": 0.8, "reward/max": 1.0}
+    assert shown(one) == [("reward", "0.900")]
+    assert shown(one | {"reward/true-joy_mean": 0.25}) == [("reward", "0.900 (learned 0.900, true-joy 0.250)")]
 
 
 def test_a_pipe_gets_a_line_per_iteration():

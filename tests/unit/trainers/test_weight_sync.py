@@ -28,6 +28,7 @@ from rlhf_ray.distributed.transports import (
 )
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.loading import load_causal_lm
+from rlhf_ray.models.lora import adapter_weights, add_adapter, named_weights
 from rlhf_ray.trainers import weight_sync
 from rlhf_ray.trainers.weight_sync import ProbeLimits, WeightSync, check_arrivals, check_probe, probe_limits
 from rlhf_ray.workers.generator import Generator, ProbeResult
@@ -70,8 +71,12 @@ class ThreadGroup:
 class SmallLearner:
     """What WeightSync asks of a learner, without DeepSpeed."""
 
-    def __init__(self, model: str, rank: int = 0) -> None:
+    def __init__(self, model: str, rank: int = 0, lora: schema.Lora | None = None) -> None:
         self.model: Any = load_causal_lm(model)
+        self.whole = named_weights(self.model)
+        if lora is not None:
+            add_adapter(self.model, lora, seed=1, where="policy.lora")
+        self.weights = self.whole if lora is None else adapter_weights(self.model)
         self.rank = rank
         self.sender: Sender | None = None
 
@@ -84,7 +89,10 @@ class SmallLearner:
     def send_weights(self, spec: TransportSpec, version: int) -> SentWeights:
         if self.rank == 0:
             self.sender = Sender.renewed(self.sender, spec)
-        return send_buckets(self.sender, version, [[item] for item in self.model.state_dict().items()])
+        return send_buckets(self.sender, version, [[item] for item in self.weights.items()])
+
+    def model_bytes(self) -> int:
+        return sum(weight.numel() * 4 for weight in self.whole.values())
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, temperature: float | None = None) -> Tensor:
@@ -94,14 +102,18 @@ class SmallLearner:
     def nudge(self) -> None:
         with torch.no_grad():
             for parameter in self.model.parameters():
-                parameter.mul_(1.05).add_(0.01)
+                if parameter.requires_grad:
+                    parameter.mul_(1.05).add_(0.01)
+
+
+LORA = schema.Lora(rank=2, alpha=8.0)
 
 
 def start(
-    model: str, generators: int = 1, learners: int = 1, **settings: Any
+    model: str, generators: int = 1, learners: int = 1, lora: schema.Lora | None = None, **settings: Any
 ) -> tuple[WeightSync, SmallLearner, list[Generator]]:
     config = schema.Generator(engine="hf", workers=generators)
-    policy = [SmallLearner(model, rank) for rank in range(learners)]
+    policy = [SmallLearner(model, rank, lora) for rank in range(learners)]
     workers = [
         Generator(
             Place("generator", rank, generators),
@@ -111,6 +123,7 @@ def start(
             tokenizer=model,
             max_model_len=64,
             seed=0,
+            lora=lora,
         )
         for rank in range(generators)
     ]
@@ -147,11 +160,13 @@ def test_every_generator_holds_the_weights_afterwards(llama: str, transport: str
             assert all(torch.equal(held[name], tensor) for name, tensor in learner.model.state_dict().items())
     assert metrics["sync/probe_diff_max"] < 1e-5
     assert metrics["sync/bytes"] == sum(tensor.numel() * 4 for tensor in learner.model.state_dict().values())
+    assert metrics["sync/share_of_model"] == 1.0
     assert metrics["sync/gib_per_s"] == pytest.approx(metrics["sync/bytes"] / 2**30 / metrics["sync/time_s"])
     assert set(metrics) == {
         "sync/time_s",
         "sync/gib_per_s",
         "sync/bytes",
+        "sync/share_of_model",
         "sync/probe_time_s",
         "sync/probe_diff_mean",
         "sync/probe_diff_max",
@@ -164,6 +179,28 @@ def test_tied_embeddings_travel_under_both_names(gpt2: str) -> None:
     assert sync.sync(1)["sync/probe_diff_max"] < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_travels_alone(request: pytest.FixtureRequest, family: str) -> None:
+    """The adapter's tensors and nothing else, digested and probed as a whole model is; the base is left as it was."""
+    sync, learner, generators = start(request.getfixturevalue(family), generators=2, lora=LORA)
+    base = {name: weight.clone() for name, weight in learner.whole.items()}
+    probes = []
+    for version in range(3):
+        metrics = sync.sync(version)
+        assert metrics["sync/probe_diff_max"] < 1e-5
+        probes.append(generators[1].probe().logprobs)
+        held = adapter_weights(generators[1].engine._model)  # type: ignore[attr-defined]
+        assert all(torch.equal(held[name], weight) for name, weight in learner.weights.items())
+        learner.nudge()
+    assert not torch.equal(probes[0], probes[1])
+    assert not torch.equal(probes[1], probes[2])
+    assert all(torch.equal(base[name], weight) for name, weight in learner.whole.items())
+    assert all(".lora_" in name for name in learner.weights)
+    assert metrics["sync/bytes"] == sum(weight.numel() * 4 for weight in learner.weights.values())
+    assert metrics["sync/share_of_model"] == metrics["sync/bytes"] / sum(base[name].numel() * 4 for name in base)
+    assert metrics["sync/share_of_model"] < 0.05
+
+
 FAULTS = {
     "policy:0:1:drop_tensor": "generator 0: tensor 'model.embed_tokens.weight' of version 1 did not arrive",
     "policy:0:1:swap_tensors": "of version 1 arrived with digest",
@@ -173,15 +210,21 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "adapter"])
 @pytest.mark.parametrize("place", FAULTS)
-def test_a_spoiled_sync_stops_and_the_next_one_heals(llama: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync, learner, _ = start(llama, generators=2)
+def test_a_spoiled_sync_stops_and_the_next_one_heals(
+    llama: str, place: str, lora: schema.Lora | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, learner, _ = start(llama, generators=2, lora=lora)
     sync.sync(0)
     learner.nudge()
     monkeypatch.setenv("RLHF_RAY_FAULT", f"sync:{place}")
     with pytest.raises(WeightSyncError) as caught:
         sync.sync(1)
-    assert FAULTS[place] in str(caught.value)
+    expected = FAULTS[place]
+    if lora is not None:
+        expected = expected.replace("model.embed_tokens", "base_model.model.model.layers.0.self_attn.q_proj.lora_A")
+    assert expected in str(caught.value)
     monkeypatch.delenv("RLHF_RAY_FAULT")
     assert sync.sync(1)["sync/probe_diff_max"] < 1e-5
 

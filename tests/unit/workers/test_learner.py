@@ -1,6 +1,7 @@
 """A learner by itself: one worker, no Ray. Several workers are in tests/integration/test_learner.py."""
 
 import dataclasses
+import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,6 +22,7 @@ from rlhf_ray.distributed.place import Place
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.models.forward import Outputs, forward
 from rlhf_ray.models.heads import LanguageModel
+from rlhf_ray.models.lora import named_weights
 from rlhf_ray.workers import learner as learner_module
 from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.objectives import (
@@ -482,3 +485,175 @@ def test_tokenizer_that_does_not_fit_is_refused(llama_directory: Path, tmp_path:
 
 def test_memory_is_reported_in_gib(make: MakeLearner) -> None:
     assert 0.1 < make().memory() < 64
+
+
+LORA = {"rank": 4, "alpha": 8.0}
+
+
+def trained_weights(learner: Learner) -> dict[str, Tensor]:
+    found = learner.engine.module.named_parameters()
+    return {name: weight.detach().clone() for name, weight in found if weight.requires_grad}
+
+
+def learn_adapter(learner: Learner, sequences: Sequences, *, steps: int = 1, iteration: int = 1) -> dict[str, float]:
+    return learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=steps, iteration=iteration)
+
+
+def test_an_adapter_learns_and_the_base_stays(make: MakeLearner, model_directory: Path, sequences: Sequences) -> None:
+    base = make(model=model_directory)
+    learner = make(model=model_directory, lora=LORA, optimizer=schema.Optimizer(learning_rate=1e-2))
+    wanted = base.logprobs(sequences)
+    assert torch.equal(learner.logprobs(sequences), wanted)
+    before = weights_of(base)
+    losses = [learn_adapter(learner, sequences, iteration=i)["loss"] for i in range(8)]
+    assert losses[-1] < losses[0] - 0.5
+    assert not torch.allclose(learner.logprobs(sequences), wanted, atol=1e-2)
+    # Bit for bit, at any temperature, and as often as one likes.
+    assert torch.equal(learner.reference_logprobs(sequences), wanted)
+    assert torch.equal(learner.reference_logprobs(sequences, 2.0), base.logprobs(sequences, 2.0))
+    assert torch.equal(named(learner), before)
+
+
+def named(learner: Learner) -> Tensor:
+    """The base's weights, flat."""
+    model = learner._hugging_face_model()
+    owned = {id(weight): weight for weight in named_weights(model).values()}
+    return torch.cat([weight.detach().flatten() for weight in owned.values()])
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_the_reference_in_between_changes_no_update(make: MakeLearner, sequences: Sequences, zero: int) -> None:
+    runs = []
+    for asks in (False, True):
+        learner = make(lora=LORA | {"dropout": 0.2}, zero=zero, activation_checkpointing=True)
+        for iteration in (1, 2, 3):
+            if asks:
+                learner.reference_logprobs(sequences)
+            learn_adapter(learner, sequences, steps=2, iteration=iteration)
+        runs.append(dict(pair for bucket in learner.weights(bucket_bytes=1 << 20) for pair in bucket))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_an_adapters_dropout_is_on_while_training_only(make: MakeLearner, sequences: Sequences) -> None:
+    plain, dropped = (make(lora=LORA | {"dropout": rate}) for rate in (0.0, 0.5))
+    for learner in (plain, dropped):
+        for name, weight in learner.engine.module.named_parameters():
+            if ".lora_B." in name:
+                weight.data.fill_(0.01)
+    assert torch.equal(plain.logprobs(sequences), dropped.logprobs(sequences))
+    losses = [learn_adapter(learner, sequences)["loss"] for learner in (plain, dropped)]
+    assert losses[0] != pytest.approx(losses[1], abs=1e-4)
+    assert {module.p for module in dropped.engine.module.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
+
+
+def test_weights_are_the_adapters_alone(make: MakeLearner, gpt2_directory: Path) -> None:
+    learner = make(model=gpt2_directory, head="both", lora=LORA)
+    found = dict(pair for bucket in learner.weights(bucket_bytes=10_000) for pair in bucket)
+    assert list(found)[:2] == [f"base_model.model.transformer.h.0.attn.c_attn.lora_{side}.weight" for side in "AB"]
+    assert len(found) == 4 * 4 * 2
+    trained = trained_weights(learner)
+    assert len(trained) == len(found) + 2
+    assert {name for name in trained if "lora" not in name} == {"value_head.linear.weight", "value_head.linear.bias"}
+
+
+def test_merged_result_has_the_same_logits_and_configuration(
+    make: MakeLearner, model_directory: Path, sequences: Sequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner_module, "_SAVE_BUCKET_BYTES", 1 << 20)
+    learner = make(model=model_directory, lora=LORA)
+    learn_adapter(learner, sequences, steps=5)
+    learner.save_model(tmp_path / "merged")
+    make(model=model_directory).save_model(tmp_path / "whole")
+    found, wanted = ((tmp_path / name / "config.json").read_text() for name in ("merged", "whole"))
+    assert found == wanted
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+    saved = make(model=tmp_path / "merged").logprobs(sequences)
+    torch.testing.assert_close(saved, learner.logprobs(sequences), atol=1e-5, rtol=0)
+    assert not torch.allclose(saved, learner.reference_logprobs(sequences), atol=1e-2)
+
+
+def test_adapter_result_is_a_peft_directory(
+    make: MakeLearner, model_directory: Path, sequences: Sequences, tmp_path: Path
+) -> None:
+    learner = make(model=model_directory, lora=LORA | {"result": "adapter"})
+    learn_adapter(learner, sequences, steps=5)
+    learner.save_model(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert not (tmp_path / "config.json").exists()
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    length = int(sequences.lengths()[2])
+    expected = model(sequences.tokens[2:3, :length]).logits[0].log_softmax(-1)
+    found = learner.logprobs(sequences)[2]
+    for t in range(1, length):
+        assert found[t].item() == pytest.approx(expected[t - 1, sequences.tokens[2, t]].item(), abs=1e-5)
+    with pytest.raises(ConfigError, match="peft adapter"):
+        make(model=tmp_path)
+
+
+@pytest.mark.parametrize("result", ["merged", "adapter"])
+def test_a_reward_models_adapter(
+    make: MakeLearner, model_directory: Path, pairs: PreferencePairs, tmp_path: Path, result: str
+) -> None:
+    optimizer = schema.Optimizer(learning_rate=1e-2)
+    learner = make(head="score", model=model_directory, lora=LORA | {"result": result}, optimizer=optimizer)
+    assert learner.scores(pairs.chosen).tolist() == [0.0] * 5
+    learner.update(pairs, BradleyTerryObjective(), epochs=5, mini_batches=1, iteration=1)
+    scores = learner.scores(pairs.chosen)
+    assert scores.unique().numel() == 5
+    learner.save_model(tmp_path, {"score_mean": 0.25})
+    if result == "merged":
+        network = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        assert network.config.score_mean == 0.25
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(model_directory, num_labels=1)
+        network = PeftModel.from_pretrained(base, tmp_path)
+        assert network.peft_config["default"].task_type == "SEQ_CLS"
+        assert json.loads((tmp_path / "notes.json").read_text()) == {"score_mean": 0.25}
+    lengths = pairs.chosen.lengths().tolist()
+    with torch.no_grad():
+        rows = [row[:n] for row, n in zip(pairs.chosen.tokens, lengths, strict=True)]
+        alone = torch.cat([network(row[None]).logits[:, 0] for row in rows])
+    torch.testing.assert_close(alone, scores, atol=1e-5, rtol=0)
+
+
+def test_a_critic_with_an_adapter_learns_its_returns(make: MakeLearner, experience: Experience) -> None:
+    critic = make(head="value", lora=LORA, optimizer=schema.Optimizer(learning_rate=1e-2))
+    assert not critic.values(experience.sequences).values.any()
+    target = dataclasses.replace(
+        experience, returns=torch.full_like(experience.returns, 2.0), values=torch.zeros_like(experience.values)
+    )
+    objective = ValueObjective(ValueLoss(0.0, "token_mean"))
+    losses = [critic.update(target, objective, epochs=1, mini_batches=1, iteration=i)["loss"] for i in range(15)]
+    assert losses[0] == pytest.approx(2.0, abs=1e-5)
+    assert losses[-1] < 0.2
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_an_adapters_state_is_small_and_restored_bit_for_bit(
+    make: MakeLearner, gpt2_directory: Path, sequences: Sequences, tmp_path: Path, zero: int
+) -> None:
+    settings: dict[str, Any] = {"model": gpt2_directory, "head": "both", "lora": LORA | {"dropout": 0.1}, "zero": zero}
+    first = make(**settings)
+    learn_adapter(first, sequences, steps=2)
+    first.save(tmp_path)
+    wanted = learn_adapter(first, sequences, iteration=2)
+    # The first worker's weights, their float32 copies and two moments of each; the base is ten times as large.
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in first.engine.module.parameters() if p.requires_grad)
+    assert sum(file.stat().st_size for file in (tmp_path / "state").iterdir()) < 4 * 4 * trained + 300_000
+    for file in (tmp_path / "state").glob("*model_states.pt"):
+        names = torch.load(file, weights_only=True)["module"]
+        assert all(".lora_" in name or "value_head" in name for name in names)
+    second = make(**settings)
+    second.load(tmp_path)
+    assert learn_adapter(second, sequences, iteration=2) == wanted
+    assert torch.equal(second.logprobs(sequences), first.logprobs(sequences))
+
+
+def test_state_of_another_adapter_is_refused(make: MakeLearner, tmp_path: Path) -> None:
+    make(lora=LORA | {"target_modules": ["q_proj"]}).save(tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        make(lora=LORA | {"target_modules": ["k_proj"]}).load(tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        make().load(tmp_path)

@@ -1,0 +1,215 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685): put into a loaded model, switched off, merged, and named as peft does.
+
+A layer with weight W gets W + alpha / rank * B A, with A random and B zero at first. The model stays the object that
+it was, so the networks of heads.py take it with an adapter as they take it without.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_ray.config import schema
+from rlhf_ray.errors import ConfigError
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of a peft adapter directory."""
+_NAME = "default"
+_PREFIX = "base_model.model."
+
+
+def add_adapter(
+    model: PreTrainedModel, settings: schema.Lora, *, seed: int, where: str, trained: Sequence[str] = ()
+) -> None:
+    """Puts an adapter into the model's linear layers and freezes all else: the same one for the same seed.
+
+    Args:
+        model: a loaded model.
+        settings: rank, layers and dropout.
+        seed: of the adapter's first weights.
+        where: path of the settings, for messages.
+        trained: names of modules that are trained whole, beside the adapter.
+
+    Raises:
+        ConfigError: a target module is no linear layer of this model, or is its output layer.
+    """
+    targets = adapted_layers(model, settings, where, trained)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft sets fan_in_fan_out layer by layer, and says so.
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+    for layer in _layers(model).values():
+        for side in (layer.lora_A, layer.lora_B):
+            side.to(model.dtype)
+    for name in trained:
+        model.get_submodule(name).requires_grad_(True)
+    # The new layers start in training mode, where an adapter may drop out.
+    model.train(model.training)
+
+
+def adapted_layers(model: PreTrainedModel, settings: schema.Lora, where: str, trained: Sequence[str] = ()) -> list[str]:
+    """Full names of the linear layers that get an adapter; the model may be an empty one on the meta device.
+
+    Raises:
+        ConfigError: a target module is no linear layer of this model, or is its output layer.
+    """
+    output = model.get_output_embeddings()
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output and name not in trained
+    ]
+    wanted = settings.target_modules
+    if wanted is None:
+        return linear
+    unknown = [name for name in wanted if not any(_ends(layer, name) for layer in linear)]
+    if unknown:
+        known = dict.fromkeys(layer.rpartition(".")[2] for layer in linear)
+        raise ConfigError(
+            f"{where}.target_modules: got {', '.join(unknown)}, wanted names of this model's linear layers, without "
+            f"the output layer: {', '.join(known)}"
+        )
+    return [layer for layer in linear if any(_ends(layer, name) for name in wanted)]
+
+
+@contextmanager
+def adapter_off(network: nn.Module) -> Iterator[None]:
+    """The network computes without its adapter: exactly what the base computes. Nothing is to be trained inside."""
+    layers = _layers(network).values()
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights by their Hugging Face names in state-dict order, without an adapter's.
+
+    Tied weights come under each of their names, because receivers that pack weights do not see ties.
+    """
+    owned = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    layers = _layers(model)
+    found = {}
+    for name in model.state_dict():
+        adapted, inside, rest = name.partition(".base_layer.")
+        if inside and adapted in layers:
+            found[f"{adapted}.{rest}"] = owned[name]
+        elif name in owned and name.partition(".lora_")[0] not in layers:
+            found[name] = owned[name]
+    return found
+
+
+def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapter's weights by their names in a peft adapter file, then those of the modules that are trained whole."""
+    found = {}
+    for name, layer in _layers(model).items():
+        found[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[_NAME].weight
+        found[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[_NAME].weight
+    own = {id(weight) for weight in found.values()}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and id(weight) not in own:
+            found[_PREFIX + name] = weight
+    return found
+
+
+def merged(
+    model: PreTrainedModel, weights: Sequence[tuple[str, Tensor]], adapter: Mapping[str, Tensor]
+) -> list[tuple[str, Tensor]]:
+    """Some of `named_weights` with the adapter's part added, in the weights' type.
+
+    Args:
+        model: the model with the adapter; only its layers' shapes and scales are read.
+        weights: full tensors by name.
+        adapter: full tensors of `adapter_weights`.
+    """
+    layers = _layers(model)
+    result = []
+    for name, weight in weights:
+        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if layer is not None:
+            key = _PREFIX + name.removesuffix(".weight")
+            a, b = adapter[f"{key}.lora_A.weight"].float(), adapter[f"{key}.lora_B.weight"].float()
+            change = layer.scaling[_NAME] * (b @ a)
+            weight = (weight.float() + (change.T if layer.fan_in_fan_out else change)).to(weight.dtype)
+        result.append((name, weight))
+    return result
+
+
+def adapter_config(
+    settings: schema.Lora,
+    names: Iterable[str],
+    *,
+    base: str,
+    revision: str | None = None,
+    task: str = "CAUSAL_LM",
+    transposed: bool = False,
+) -> dict[str, Any]:
+    """What stands in adapter_config.json.
+
+    Args:
+        settings: rank, scale, dropout and layers.
+        names: those of `adapter_weights`.
+        base: directory or hub name of the model that the adapter belongs to.
+        revision: of a hub model.
+        task: peft's name of the task.
+        transposed: the layers keep their weights transposed, as GPT-2's do.
+    """
+    names = [name.removeprefix(_PREFIX) for name in names]
+    adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name in names if ".lora_" in name}
+    whole = {name.rpartition(".")[0] for name in names if ".lora_" not in name}
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": settings.rank,
+        "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": sorted(settings.target_modules or adapted),
+        "modules_to_save": sorted(whole) or None,
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def keeps_weights_transposed(model: PreTrainedModel) -> bool:
+    """Whether the layers with an adapter keep their weights as [in, out]."""
+    return any(layer.fan_in_fan_out for layer in _layers(model).values())
+
+
+def check_four_bits(where: str) -> None:
+    """Raises ConfigError where a base cannot be in 4 bits: bitsandbytes or the GPU for it is missing."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{where}: got nf4, but bitsandbytes is not installed on this worker's machine")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{where}: got nf4, but this worker has no GPU; wanted none, or a GPU for it")
+
+
+def _layers(network: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _ends(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith(f".{name}")

@@ -1,0 +1,23 @@
+"""The reference's log-probabilities, whoever computes them."""
+
+from __future__ import annotations
+
+from rlhf_ray.data.batches import Sequences
+from rlhf_ray.distributed.groups import Pending, WorkerGroup
+from rlhf_ray.shapes import TokenFloat
+from rlhf_ray.workers.learner import Learner
+from rlhf_ray.workers.scorers import ReferenceScorer
+
+
+def reference_logprobs(
+    reference: WorkerGroup[ReferenceScorer] | None,
+    policy: WorkerGroup[Learner],
+    sequences: Sequences,
+    temperature: float,
+) -> Pending[TokenFloat]:
+    """[B, T] log pi_ref of the response tokens, 0 elsewhere: asked of the reference's own workers where there are any,
+    else of the policy's, which switch their adapter off for it.
+    """
+    if reference is not None:
+        return reference.split(ReferenceScorer.logprobs, sequences, temperature)
+    return policy.split(Learner.reference_logprobs, sequences, temperature)

@@ -330,7 +330,7 @@ def test_data_that_are_gone_are_named(tmp_path: Path) -> None:
     (stage.data / "part_000004.parquet").unlink()
     with (
         RunFolder.open(stage.run_dir) as folder,
-        pytest.raises(CheckpointError, match="data of stage collect are gone, wanted 4 parts; remove .*collect"),
+        pytest.raises(CheckpointError, match=r"data of stage collect are gone, wanted 4 parts; remove .*collect"),
     ):
         folder.result("collect")
 

@@ -316,6 +316,8 @@ def _arguments(config: schema.Generator, model: PretrainedConfig, *, max_model_l
     }
     if not gpu:
         arguments["block_size"] = _CPU_BLOCK
+        # A prompt in two parts rewinds its sample's generator, which a CPU's cannot.
+        arguments["enable_chunked_prefill"] = False
         arguments["kv_cache_memory_bytes"] = cache_bytes(config, model, max_model_len=max_model_len)
     elif config.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)

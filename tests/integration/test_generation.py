@@ -33,7 +33,12 @@ def start(cluster: Cluster) -> Iterator[Start]:
         running: list[Any] = []
 
         def one(
-            model: str, *, max_model_len: int = 160, seed: int = 1, lora: schema.Lora | None = None
+            model: str,
+            *,
+            max_model_len: int = 160,
+            seed: int = 1,
+            lora: schema.Lora | None = None,
+            config: schema.Generator = CONFIG,
         ) -> WorkerGroup[Generator]:
             for placement in running:
                 placement.close()
@@ -43,7 +48,7 @@ def start(cluster: Cluster) -> Iterator[Start]:
             group = placement.start(
                 "generator",
                 Generator,
-                config=CONFIG,
+                config=config,
                 model=model,
                 revision=None,
                 tokenizer=model,
@@ -167,6 +172,18 @@ def test_responses_end_where_they_should(models: dict[str, str], start: Start) -
     long = Prompts(token_ids=[[1] * 93], texts=[""], answers=[None], ids=[41], repeats=[0])
     with pytest.raises(ConfigError, match=r"prompt 41 has 93 tokens; wanted 1 to 92"):
         generator.split(Generator.generate, long, schema.Sampling(max_new_tokens=8), iteration=1).result()
+
+
+def test_more_prompts_than_one_step_of_the_engine_takes(models: dict[str, str], start: Start) -> None:
+    generator = start(models["tied llama"], config=CONFIG.model_copy(update={"max_sequences": 96}))
+    texts = [f"{number} " + "The film by Anna was long. " * 8 for number in range(96)]
+    tokens = [load_tokenizer(models["tied llama"])(text)["input_ids"][:150] for text in texts]
+    assert sum(map(len, tokens)) > 8192
+    prompts = Prompts(tokens, texts, [None] * len(texts), list(range(len(texts))), [0] * len(texts))
+    sampling = schema.Sampling(max_new_tokens=2)
+    together = generator.first(Generator.generate, prompts, sampling, iteration=1).result()
+    alone = generator.first(Generator.generate, prompts.select([95]), sampling, iteration=1).result()
+    assert responses(together)[95] == responses(alone)[0]
 
 
 def test_a_model_that_is_too_short_is_refused(models: dict[str, str], start: Start) -> None:

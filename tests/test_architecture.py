@@ -14,8 +14,8 @@ LAYERS = [
     ("engines", "distributed"),
     ("workers",),
     ("trainers",),
-    ("stages", "pipeline", "plan", "inference"),
-    ("cli", "doctor", "submit", "__main__"),
+    ("stages", "pipeline", "plan", "inference", "responses"),
+    ("cli", "options", "doctor", "submit", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 OWNERS = {

@@ -12,7 +12,12 @@ import yaml
 
 from rlhf_ray.trainers.durable import write_text
 
-_METHODS = {"sft": "supervised fine-tuning", "reward_model": "the Bradley-Terry loss on preferences", "ppo": "PPO"}
+_METHODS = {
+    "sft": "supervised fine-tuning",
+    "reward_model": "the Bradley-Terry loss on preferences",
+    "ppo": "PPO",
+    "dpo": "DPO",
+}
 _SECRET_NAME = re.compile(r"(^|_)(key|secret|password|passwd|token|credentials?|auth)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{12,})|(?<=://)[^/@\s]*:[^/@\s]*(?=@)"
@@ -42,7 +47,7 @@ def write_model_card(
         after: metrics at the end.
     """
     front: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if (model_dir / "adapter_config.json").exists() else "transformers",
         "pipeline_tag": "text-classification" if method == "reward_model" else "text-generation",
         "tags": ["rlhf_ray", "rlhf", method],
     }

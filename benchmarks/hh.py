@@ -16,14 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy.stats import norm
-
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.data.preferences import PreferenceSet
 from rlhf_ray.stages.site import load_data
 from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.preference_report import wilson_interval
 
 ROOT = Path(__file__).parents[1]
 MODEL = "../shared/data/models/stories260k-llama-hd32"
@@ -68,14 +66,6 @@ def overrides(pipeline: str) -> list[str]:
     ]
 
 
-def interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` trials (Wilson's score interval)."""
-    z = norm.ppf(0.975)
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return float(middle - half), float(middle + half)
-
-
 def judge(run: Path, config: schema.Pipeline) -> list[dict[str, Any]]:
     """The figures of each stage of a finished run."""
     found: list[dict[str, Any]] = []
@@ -93,7 +83,7 @@ def judge(run: Path, config: schema.Pipeline) -> list[dict[str, Any]]:
         else:
             pairs = load_data(stage, str(run / "sft/model"), config.seed).held_out
             assert isinstance(pairs, PreferenceSet), "the stage learns from pairs"
-            low, high = interval(last["evaluation/accuracy"], len(pairs))
+            low, high = wilson_interval(last["evaluation/accuracy"], len(pairs))
             figures |= {"pairs": len(pairs), "accuracy": last["evaluation/accuracy"], "low": low, "high": high}
             figures["accuracy_of_the_longer"] = longer_is_preferred(pairs)
         found.append(figures)

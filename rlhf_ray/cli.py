@@ -23,11 +23,11 @@ from rlhf_ray.config import schema
 from rlhf_ray.config.describe import METHODS, Setting, list_settings
 from rlhf_ray.config.effects import generator_of, rewards_of
 from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, read_origin
-from rlhf_ray.config.options import as_options, columns_of, section, source, without_effect
 from rlhf_ray.config.problems import suggestion
 from rlhf_ray.config.rules import warnings
 from rlhf_ray.config.schema import Collect, FunctionReward, NewModel, Pipeline, Ppo, Sft, Stage
 from rlhf_ray.errors import ConfigError, Interrupted, RlhfRayError, UserError
+from rlhf_ray.options import as_options, columns_of, section, source, without_effect
 
 PROGRAM = "rlhf-ray"
 DEBUG = "RLHF_RAY_DEBUG"
@@ -320,7 +320,7 @@ def generate_command(
         check_floors(engine=generator.engine == "vllm")
         with _sigterm_exits():
             from rlhf_ray.inference import Generation, generate
-            from rlhf_ray.trainers.responses import show_responses, show_scores, write_responses
+            from rlhf_ray.responses import show_responses, show_scores, write_responses
 
             asked = Generation(
                 models=(model,) if compare is None else (model, compare),

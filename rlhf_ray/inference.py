@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_ray.config import schema
+from rlhf_ray.config.load import stages_of_run
 from rlhf_ray.config.paths import check_model_path
 from rlhf_ray.data.batches import Prompts, Rollouts
 from rlhf_ray.data.pair_scores import answer_rollouts
@@ -24,12 +25,12 @@ from rlhf_ray.distributed.groups import RayGroup, WorkerGroup
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_config, load_tokenizer, quiet_transformers
-from rlhf_ray.models.merging import ADAPTER, merge_adapter
+from rlhf_ray.models.lora import adapted_model_files, is_adapter, merge_adapter, read_adapter_config
+from rlhf_ray.responses import Responses
 from rlhf_ray.shapes import SequenceFloat
 from rlhf_ray.stages.actors import generator_request, own_part, scorer_requests
 from rlhf_ray.stages.site import absolute
 from rlhf_ray.trainers.preference_report import PreferenceReport, report_pairs
-from rlhf_ray.trainers.responses import Responses
 from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.scorers import FunctionScorer, ModelScorer, RewardScorer
 
@@ -82,7 +83,8 @@ def evaluate(
     found = find_model(model, scores=True)
     longest = _check_reward_model(found)
     tokenizer = load_tokenizer(found)
-    if longest is not None and longest < data.max_length:
+    longest = min(tokenizer.model_max_length, longest or tokenizer.model_max_length)
+    if longest < data.max_length:
         data = data.model_copy(update={"max_length": longest})
     pairs = load_preferences(data, tokenizer, seed=0, sources="train")
     _say(f"{found}: {len(pairs)} pairs of {pairs.report['rows']} rows{_left_out(pairs.report)}")
@@ -105,10 +107,10 @@ def generate(asked: Generation, *, address: str | None) -> list[Responses]:
             _check_language_model(name)
         if isinstance(asked.reward, schema.ModelReward):
             asked = _with_reward_model(asked, asked.reward)
+        prompts = _shared([_prompts(asked, name) for name in found])
         models = [
-            merge_adapter(name, Path(folder) / str(i)) if _is_adapter(name) else name for i, name in enumerate(found)
+            merge_adapter(name, Path(folder) / str(i)) if is_adapter(name) else name for i, name in enumerate(found)
         ]
-        prompts = [_prompts(asked, name) for name in models]
         _say(f"{len(prompts[0].ids)} prompts, {asked.sampling.samples_per_prompt} responses each")
         with _cluster(address) as cluster:
             rollouts = [_generate(cluster, asked, *each) for each in zip(models, prompts, strict=True)]
@@ -123,7 +125,7 @@ def generate(asked: Generation, *, address: str | None) -> list[Responses]:
 
 
 def find_model(name: str, *, scores: bool) -> str:
-    """The model behind the directory of a model, of a stage or of a run (its last model of the kind), or a hub name.
+    """The model behind the directory of a model, of a stage or of a run (its last one of the kind), or a hub name.
 
     Args:
         scores: a reward model is wanted, not a language model.
@@ -146,20 +148,22 @@ def find_model(name: str, *, scores: bool) -> str:
             f"{name}: got a directory without a {kind}; wanted a Hugging Face model directory, the folder of a stage "
             "or of a run, or a hub name"
         )
-    return str(max(found, key=lambda each: each.stat().st_mtime))
+    stages = stages_of_run(folder)
+
+    def place(model: Path) -> tuple[int, float]:
+        stage = model.parent.name
+        return stages.index(stage) if stage in stages else -1, model.stat().st_mtime
+
+    return str(max(found, key=place))
 
 
 def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or _is_adapter(str(folder))
-
-
-def _is_adapter(name: str) -> bool:
-    return (Path(name) / ADAPTER).is_file() and not (Path(name) / "config.json").is_file()
+    return (folder / "config.json").is_file() or is_adapter(str(folder))
 
 
 def _gives_scores(folder: Path) -> bool:
-    if _is_adapter(str(folder)):
-        return bool(json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS")
+    if is_adapter(str(folder)):
+        return bool(read_adapter_config(str(folder)).get("task_type") == "SEQ_CLS")
     return _is_classifier(load_config(str(folder)).architectures)
 
 
@@ -169,7 +173,7 @@ def _is_classifier(architectures: Sequence[str] | None) -> bool:
 
 def _check_reward_model(name: str) -> int | None:
     """Raises ConfigError where the model is no reward model; else the longest text that it reads, where it says so."""
-    if _is_adapter(name):
+    if is_adapter(name):
         raise ConfigError(
             f"{name}: got a peft adapter, wanted a whole reward model; set lora.result: merged in its stage, or merge "
             "it with peft's merge_and_unload"
@@ -186,7 +190,7 @@ def _check_reward_model(name: str) -> int | None:
 
 
 def _check_language_model(name: str) -> None:
-    if not _is_adapter(name) and _is_classifier(load_config(name).architectures):
+    if _gives_scores(Path(name)):
         raise ConfigError(f"{name}: got a reward model or classifier, wanted a language model, which writes")
 
 
@@ -194,23 +198,28 @@ def _with_reward_model(asked: Generation, reward: schema.ModelReward) -> Generat
     found = find_model(reward.model, scores=True)
     _check_reward_model(found)
     reward = reward.model_copy(update={"model": absolute(found)})
-    return Generation(**{**vars(asked), "reward": reward})
+    return replace(asked, reward=reward)
+
+
+def _files(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a language model or of an adapter on its base."""
+    return adapted_model_files(name) if is_adapter(name) else (load_config(name), load_tokenizer(name))
 
 
 # Prompts and pairs
 
 
-def _prompts(asked: Generation, model: str) -> Prompts:
-    """The prompts in the tokens of this model, all short enough for it."""
-    tokenizer = load_tokenizer(model)
-    longest = getattr(load_config(model), "max_position_embeddings", None)
+def _prompts(asked: Generation, model: str) -> tuple[Prompts, frozenset[int]]:
+    """The prompts in the tokens of this model, all short enough for it, and the ids of those that were cut."""
+    config, tokenizer = _files(model)
+    longest = getattr(config, "max_position_embeddings", None)
     new_tokens = asked.sampling.max_new_tokens
     if longest is not None and new_tokens >= longest:
         raise ConfigError(
             f"--max-new-tokens: got {new_tokens}, wanted less than {longest}, the longest text of {model}"
         )
     if isinstance(asked.prompts, tuple):
-        prompts = encode_prompts(asked.prompts, tokenizer, chat=asked.chat)
+        prompts, cut = encode_prompts(asked.prompts, tokenizer, chat=asked.chat), frozenset[int]()
     else:
         data = asked.prompts
         if longest is not None:
@@ -218,7 +227,7 @@ def _prompts(asked: Generation, model: str) -> Prompts:
         loaded = load_prompts(data, tokenizer, seed=asked.seed, sources="train")
         if _left_out(loaded.report):
             _say(f"{model}: {loaded.report['rows']} prompts{_left_out(loaded.report)}")
-        prompts = loaded.all()
+        prompts, cut = loaded.all(), loaded.cut
     for number, tokens in enumerate(prompts.token_ids, 1):
         if longest is not None and len(tokens) + new_tokens > longest:
             raise ConfigError(
@@ -227,7 +236,32 @@ def _prompts(asked: Generation, model: str) -> Prompts:
             )
     if not asked.chat and isinstance(asked.prompts, tuple) and tokenizer.chat_template:
         _say(f"{model}: the tokenizer has a chat template, which the prompts are not put into; --chat does that")
-    return prompts
+    return prompts, cut
+
+
+def _shared(read: Sequence[tuple[Prompts, frozenset[int]]]) -> list[Prompts]:
+    """The prompts that every model reads whole, or cut to the same text: only responses to those can be compared.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    texts = [dict(zip(prompts.ids, prompts.texts, strict=True)) for prompts, _ in read]
+    cut = frozenset[int]().union(*(ids for _, ids in read))
+
+    def is_shared(prompt: int) -> bool:
+        found = {each.get(prompt) for each in texts}
+        return None not in found and (prompt not in cut or len(found) == 1)
+
+    every = set[int]().union(*texts)
+    kept = set(filter(is_shared, every))
+    if not kept:
+        raise ConfigError(
+            "--compare: the models read no prompt alike: what one of them reads whole is too long for the other; take "
+            "shorter prompts, or lower --max-prompt-tokens or --max-new-tokens"
+        )
+    if len(kept) < len(every):
+        _say(f"{len(every) - len(kept)} of {len(every)} prompts left out: the models cannot read them alike")
+    return [prompts.select([row for row, prompt in enumerate(prompts.ids) if prompt in kept]) for prompts, _ in read]
 
 
 def _left_out(report: dict[str, int]) -> str:
@@ -295,10 +329,16 @@ def _scorer(
 
 
 def _score(group: WorkerGroup[RewardScorer], rollouts: Rollouts) -> SequenceFloat:
+    """[B] the scores of the responses."""
+
     def score(rows: Sequence[int]) -> SequenceFloat:
         return group.split(RewardScorer.score, rollouts.select(rows)).result()
 
-    return torch.cat(_in_parts(score, len(rollouts), _ROWS_AT_A_TIME * group.size, "scoring"))
+    scores = torch.cat(_in_parts(score, len(rollouts), _ROWS_AT_A_TIME * group.size, "scoring"))
+    truncated = sum(counts.get("truncated", 0) for counts in group.all(RewardScorer.counts).result())
+    if truncated:
+        _say(f"{truncated} of {len(rollouts)} texts were cut on the left to the longest that the reward model reads")
+    return scores
 
 
 def _scores(
@@ -307,7 +347,7 @@ def _scores(
     models: Sequence[str],
     rollouts: Sequence[Rollouts],
 ) -> Sequence[SequenceFloat | None]:
-    """The scores of each model's responses."""
+    """For each model the scores [B] of its responses; None where nothing scores."""
     if reward is None:
         return [None] * len(models)
     vocabularies = [load_tokenizer(model).get_vocab() for model in models]

@@ -14,8 +14,8 @@ LAYERS = [
     ("engines", "distributed"),
     ("workers",),
     ("trainers",),
-    ("stages", "pipeline", "plan", "inference"),
-    ("cli", "doctor", "submit", "__main__"),
+    ("stages", "pipeline", "plan", "inference", "responses"),
+    ("cli", "options", "doctor", "submit", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 OWNERS = {
@@ -65,6 +65,17 @@ def test_third_parties_stay_in_their_rooms(path: Path) -> None:
     roots = {module.split(".")[0] for module in imported_modules(ast.parse(path.read_text()))}
     strangers = {library for library, owners in OWNERS.items() if library in roots and name not in owners}
     assert strangers == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_peft_is_imported_only_when_an_adapter_is_there(path: Path) -> None:
+    """It takes two seconds, which driver and scorers do not need."""
+    statements = ast.Module([each for each in ast.parse(path.read_text()).body if not is_definition(each)], [])
+    assert "peft" not in {module.split(".")[0] for module in imported_modules(statements)}
+
+
+def is_definition(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 
 def test_algorithms_are_torch_alone() -> None:

@@ -94,7 +94,7 @@ def test_a_command_works(
         assert exit_code(*arguments) == 2
         assert "is not a folder" in capsys.readouterr().err
     elif arguments[0] in ("generate", "evaluate"):
-        # tests/integration/test_quickstart.py runs these; here there is no such run, which is the only mistake.
+        # tests/integration/test_quickstart.py runs these for real; here the only mistake is that there is no such run.
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert arguments[1] in capsys.readouterr().err

@@ -80,6 +80,16 @@ def run_files(pipeline: Pipeline, *, pipeline_dir: Path) -> dict[str, str]:
     return {ORIGIN_FILE: json.dumps(origin, indent=2) + "\n", CONFIG_FILE: dump_pipeline(pipeline)}
 
 
+def stages_of_run(run_dir: Path) -> list[str]:
+    """The names of a run's stages, in their order; none where the folder has no config.yaml.
+
+    Raises:
+        ConfigError: config.yaml cannot be read.
+    """
+    file = run_dir / CONFIG_FILE
+    return _read(file).stage_names() if file.is_file() else []
+
+
 def read_origin(run_dir: Path) -> tuple[Path, Path]:
     """A run's pipeline folder and working directory; where nothing is noted, the run's folder and the present one."""
     try:

@@ -17,6 +17,8 @@ from rlhf_ray.config.problems import KeyPath, Problem, suggestion
 from rlhf_ray.config.schema import FunctionReward, Source
 
 DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that makes a directory one of a peft adapter."""
 SYNTHETIC = ("synthetic:reviews", "synthetic:preferences")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -31,7 +33,7 @@ def check_model_path(model: str, where: KeyPath, *, needs: Sequence[str] = ("con
         yield Problem(where, f"got {model!r}, wanted a path without `~`: {path.expanduser()}")
     elif path.is_dir():
         missing = [name for name in needs if not (path / name).is_file()]
-        if needs and (path / "adapter_config.json").is_file():
+        if needs and (path / ADAPTER_CONFIG).is_file():
             yield Problem(
                 where, f"got {model!r}, a peft adapter directory; wanted a whole model: merge it into its base first"
             )

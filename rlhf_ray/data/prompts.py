@@ -87,6 +87,7 @@ class PromptSet:
     Args:
         report: how many rows were read ("rows"), are used ("used"), were left out as too long or too short ("dropped"),
             and were shortened ("cut"); under `prompt_length` being cut is the purpose and not counted.
+        cut: row numbers of the shortened ones.
         tokens: token ids of each prompt in use.
         texts: their texts; empty under `prompt_length`, where they follow from the cut.
         messages: their chat messages; an empty list for a text.
@@ -99,6 +100,7 @@ class PromptSet:
     """
 
     report: dict[str, int]
+    cut: frozenset[int]
     tokens: list[NDArray[np.int32]]
     texts: list[str]
     messages: list[list[Message]]
@@ -192,6 +194,7 @@ def load_prompts(
     answers: list[Any] = []
     ids: list[int] = []
     sizes: list[int] = []
+    cut: set[int] = set()
     report = {"rows": 0, "used": 0, "dropped": 0, "cut": 0}
     for source in chosen:
         before = len(ids)
@@ -204,7 +207,7 @@ def load_prompts(
                     report["dropped"] += 1
                 else:
                     if fitted is not token_ids and data.prompt_length is None:
-                        report["cut"] += 1
+                        cut.add(report["rows"])
                         text = str(tokenizer.decode(fitted, skip_special_tokens=isinstance(row.prompt, str)))
                     tokens.append(np.asarray(fitted, dtype=np.int32))
                     if data.prompt_length is None:
@@ -216,7 +219,7 @@ def load_prompts(
         sizes.append(len(ids) - before)
         if not sizes[-1]:
             raise DataError(f"{source.path}: no row is left, all are {_why_dropped(data)}; change that, or the data.")
-    report["used"] = len(ids)
+    report |= {"used": len(ids), "cut": len(cut)}
     stream = Stream(
         sizes=sizes,
         weights=[source.weight for source in chosen],
@@ -225,6 +228,7 @@ def load_prompts(
     )
     return PromptSet(
         report=report,
+        cut=frozenset(cut),
         tokens=tokens,
         texts=texts,
         messages=messages,

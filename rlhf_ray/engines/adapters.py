@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlhf_ray.config import schema
-from rlhf_ray.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapted_layers, adapter_config
+from rlhf_ray.config.paths import ADAPTER_CONFIG
+from rlhf_ray.models.lora import ADAPTER_WEIGHTS, adapted_layers, adapter_config
 
 _MEMORY = Path("/dev/shm")
 

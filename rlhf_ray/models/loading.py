@@ -35,10 +35,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.config.schema import NewModel
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.lora import ADAPTER_CONFIG
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16"]
 

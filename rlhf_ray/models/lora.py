@@ -1,29 +1,32 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): put into a loaded model, switched off, merged, and named as peft does.
 
 A layer with weight W gets W + alpha / rank * B A, with A random and B zero at first. The model stays the object that
-it was, so the networks of heads.py take it with an adapter as they take it without.
+it was, so the networks of heads.py take it with an adapter as they take it without. peft is imported where it is used,
+because it takes seconds.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config import schema
+from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.loading import load_config, load_tokenizer
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""The files of a peft adapter directory."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""The weights in a peft adapter directory."""
 _NAME = "default"
 _PREFIX = "base_model.model."
 
@@ -43,6 +46,8 @@ def add_adapter(
     Raises:
         ConfigError: a target module is no linear layer of this model, or is its output layer.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     targets = adapted_layers(model, settings, where, trained)
     config = LoraConfig(
         r=settings.rank,
@@ -199,6 +204,71 @@ def keeps_weights_transposed(model: PreTrainedModel) -> bool:
     return any(layer.fan_in_fan_out for layer in _layers(model).values())
 
 
+def is_adapter(name: str) -> bool:
+    """Whether this is the directory of a peft adapter and of no whole model."""
+    return (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / "config.json").is_file()
+
+
+def read_adapter_config(directory: str) -> dict[str, Any]:
+    """What stands in the adapter_config.json of a peft adapter directory.
+
+    Raises:
+        ConfigError: it is no JSON object that names a base.
+    """
+    try:
+        found = json.loads((Path(directory) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{directory}: {ADAPTER_CONFIG} is not valid JSON: {error}") from error
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    if not base or not isinstance(base, str):
+        raise ConfigError(f"{directory}: {ADAPTER_CONFIG} names no base_model_name_or_path, which the adapter changes")
+    return dict(found)
+
+
+def adapted_model_files(directory: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of the model that an adapter and its base make; no weights are read.
+
+    Args:
+        directory: peft adapter directory; its own tokenizer, where it has one, stands for the base's.
+
+    Raises:
+        ConfigError: the base or the tokenizer cannot be loaded.
+    """
+    adapter = read_adapter_config(directory)
+    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    try:
+        config = load_config(base, revision)
+        own = (Path(directory) / "tokenizer_config.json").is_file()
+        return config, load_tokenizer(directory) if own else load_tokenizer(base, revision)
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: the peft adapter's base cannot be loaded: {error}") from error
+
+
+def merge_adapter(directory: str, target: Path) -> str:
+    """Writes an adapter's language model, merged with its base, as a Hugging Face directory; that directory.
+
+    Args:
+        directory: peft adapter directory; its config names the base.
+        target: the directory to write.
+
+    Raises:
+        ConfigError: the base or the adapter cannot be loaded.
+    """
+    from peft import AutoPeftModelForCausalLM
+
+    _, tokenizer = adapted_model_files(directory)
+    try:
+        whole = AutoPeftModelForCausalLM.from_pretrained(directory).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        raise ConfigError(
+            f"{directory}: the peft adapter cannot be merged with its base: {lines[0] if lines else error}"
+        ) from error
+    whole.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return str(target)
+
+
 def check_four_bits(where: str) -> None:
     """Raises ConfigError where a base cannot be in 4 bits: bitsandbytes or the GPU for it is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -208,6 +278,8 @@ def check_four_bits(where: str) -> None:
 
 
 def _layers(network: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
     return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_ray.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, named_weights
+from rlhf_ray.config.paths import ADAPTER_CONFIG
+from rlhf_ray.models.lora import ADAPTER_WEIGHTS, named_weights
 
 
 class ModelWriter:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.trainers.durable import write_text
 
 _METHODS = {
@@ -47,7 +48,7 @@ def write_model_card(
         after: metrics at the end.
     """
     front: dict[str, Any] = {
-        "library_name": "peft" if (model_dir / "adapter_config.json").exists() else "transformers",
+        "library_name": "peft" if (model_dir / ADAPTER_CONFIG).exists() else "transformers",
         "pipeline_tag": "text-classification" if method == "reward_model" else "text-generation",
         "tags": ["rlhf_ray", "rlhf", method],
     }

@@ -97,8 +97,8 @@ def report_pairs(chosen: SequenceFloat, rejected: SequenceFloat, pairs: Preferen
     """The report on the scores of pairs.
 
     Args:
-        chosen: scores of the preferred answers.
-        rejected: scores of the other answers.
+        chosen: [B] scores of the preferred answers.
+        rejected: [B] scores of the other answers.
         pairs: at least one.
     """
     longer = pairs.chosen.response_mask.sum(1) - pairs.rejected.response_mask.sum(1)
@@ -119,10 +119,10 @@ def judge_pairs(
     """How well scores agree with preferences.
 
     Args:
-        chosen: scores of the preferred answers.
-        rejected: scores of the other answers.
-        margins: by how much the chosen answer is better; 0 where the data do not say.
-        longer: tokens of the preferred answer less those of the other one.
+        chosen: [B] scores of the preferred answers.
+        rejected: [B] scores of the other answers.
+        margins: [B] by how much the chosen answer is better; 0 where the data do not say.
+        longer: [B] tokens of the preferred answer less those of the other one.
 
     Returns:
         `loss`; `accuracy` (an equal score counts half), the same of the pairs whose chosen answer is the longer or the
@@ -148,7 +148,7 @@ def calibration_error(differences: SequenceFloat) -> float:
     The mean over the pairs of |predicted - observed| of the pair's bin of `calibration_bins`.
 
     Args:
-        differences: score of the chosen answer less that of the rejected one.
+        differences: [B] score of the chosen answer less that of the rejected one.
     """
     gaps = [found.pairs * abs(found.predicted - found.observed) for found in calibration_bins(differences)]
     return sum(gaps) / len(differences)
@@ -158,7 +158,7 @@ def calibration_bins(differences: SequenceFloat) -> list[CalibrationBin]:
     """Predicted against observed preference, for each part of the confidences that has a pair.
 
     Args:
-        differences: score of the chosen answer less that of the rejected one.
+        differences: [B] score of the chosen answer less that of the rejected one.
     """
     confidence = torch.sigmoid(differences.abs().double())
     correct = preferred(differences, torch.zeros_like(differences)).double()
@@ -179,7 +179,7 @@ def margin_histogram(differences: SequenceFloat) -> list[MarginBin]:
     """The margins in equal parts of their range, or in one part where they are all the same.
 
     Args:
-        differences: score of the chosen answer less that of the rejected one.
+        differences: [B] score of the chosen answer less that of the rejected one.
     """
     low, high = float(differences.min()), float(differences.max())
     if low == high:
@@ -193,7 +193,7 @@ def length_bins(differences: SequenceFloat, longer: SequenceInt) -> list[LengthB
     """Accuracy and margin by the difference in length; pairs of one difference stay together.
 
     Args:
-        differences: score of the chosen answer less that of the rejected one.
+        differences: [B] score of the chosen answer less that of the rejected one.
         longer: tokens of the chosen answer less those of the rejected one.
     """
     _, value, counts = torch.unique(longer, return_inverse=True, return_counts=True)

@@ -46,6 +46,7 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from rlhf_ray.config import schema
+from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.data.arrow import PARTS
 from rlhf_ray.data.batches import Rollouts
 from rlhf_ray.distributed.faults import fault
@@ -221,7 +222,7 @@ class RunFolder:
                 f"{result.output}: data of stage {stage} are gone, wanted {result.iteration} parts; remove "
                 f"{path.parent} to collect anew"
             )
-        configs = ("config.json", "adapter_config.json")
+        configs = ("config.json", ADAPTER_CONFIG)
         if result.output.name == MODEL and not any((result.output / name).exists() for name in configs):
             raise CheckpointError(
                 f"{result.output}: the model of stage {stage} is gone; remove {path} to write it again"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -16,7 +18,10 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_ray.cli import main
+from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.trainers.metrics import distinct_bigram_share, read_metrics
+from tests.test_readme import commands
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 900
@@ -135,3 +140,32 @@ def test_the_run_folder_has_what_the_readme_says(quickstart: Quickstart) -> None
         len(list((quickstart.folder / "ppo/rollouts").glob("*.parquet")))
         == (read_metrics(quickstart.folder, "ppo")[-1]["iteration"])
     )
+
+
+def run_from_readme(quickstart: Quickstart, command: str, *options: str) -> None:
+    """The README's one line of this command, on this run in place of its own, with some options more."""
+    (line,) = [line for line in commands() if line.startswith(f"rlhf-ray {command} ")]
+    _, *arguments = shlex.split(line.replace("runs/quickstart", str(quickstart.folder)))
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, *options])
+    assert done.value.code == 0
+
+
+def test_the_readme_generates_with_its_models(
+    quickstart: Quickstart, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--samples", "1", "--max-new-tokens", "16", "--output", str(tmp_path / "found.parquet"))
+    run_from_readme(quickstart, "generate", *options)
+    found = pandas.read_parquet(tmp_path / "found.parquet")
+    assert found["model"].tolist() == [str(quickstart.folder), str(quickstart.folder / "sft")]
+    assert found["prompt"].tolist() == ["The new film was"] * 2
+    assert found["response"].nunique() == 2
+    assert found["score"].notna().all()
+    assert "second less first" in capsys.readouterr().out
+
+
+def test_the_readme_evaluates_its_reward_model(quickstart: Quickstart, cluster: Cluster, tmp_path: Path) -> None:
+    run_from_readme(quickstart, "evaluate", "--json", str(tmp_path / "found.json"))
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert report["pairs"] >= 100
+    assert report["metrics"]["accuracy"] > 0.9

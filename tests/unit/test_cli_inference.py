@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_ray import inference
 from rlhf_ray.cli import main
 from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Prompts, Rollouts
+from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.inference import Generation, evaluate, find_model, generate
-from rlhf_ray.models.merging import merge_adapter
+from rlhf_ray.models.lora import merge_adapter
+from rlhf_ray.responses import Responses
 from rlhf_ray.trainers.preference_report import report_pairs
-from rlhf_ray.trainers.responses import Responses
 from tests.tiny_models import make_classifier, make_gpt2, make_llama, make_reward_model
 from tests.unit.trainers.fake_workers import make_rollouts
 from tests.unit.trainers.test_reward_model import FakePairs
@@ -188,6 +194,38 @@ def test_models_and_data_that_are_wrong_for_evaluate(folder: Path) -> None:
         evaluated(reward)
 
 
+@pytest.mark.parametrize("limits", [{"tokens": 20, "positions": 30}, {"tokens": 30, "positions": 20}])
+def test_no_pair_is_longer_than_the_reward_model_or_its_tokenizer_takes(folder: Path, limits: dict[str, int]) -> None:
+    reward = make_reward_model(folder / "reward", tokenizer=make_llama(folder / "llama"))
+    change_json(folder / "reward/tokenizer_config.json", model_max_length=limits["tokens"])
+    change_json(folder / "reward/config.json", max_position_embeddings=limits["positions"])
+    row = {"prompt": "?" * 40, "chosen": " So.", "rejected": " No."}
+    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="tokens, wanted at most 20"):
+        evaluated(reward, too_long="error")
+
+
+def change_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+class CuttingScorer:
+    """Cuts every text but one."""
+
+    def score(self, rollouts: Rollouts) -> torch.Tensor:
+        self.truncated = len(rollouts) - 1
+        return torch.zeros(len(rollouts))
+
+    def counts(self) -> dict[str, int]:
+        return {"truncated": self.truncated}
+
+
+def test_texts_that_the_scorer_cut_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = inference._score(LocalGroup(CuttingScorer()), make_rollouts([2] * 3, ids=[0, 1, 2]))
+    assert scores.tolist() == [0, 0, 0]
+    assert "2 of 3 texts were cut on the left" in " ".join(capsys.readouterr().err.split())
+
+
 def test_models_and_prompts_that_are_wrong_for_generate(folder: Path) -> None:
     llama = make_llama(folder / "llama")
     reward = make_reward_model(folder / "reward", tokenizer=llama)
@@ -203,6 +241,68 @@ def test_models_and_prompts_that_are_wrong_for_generate(folder: Path) -> None:
         answered(llama, reward=schema.ModelReward(kind="model", model=llama))
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Prompts]:
+    """The prompts that each model is to answer, in place of its answers."""
+    found: list[Prompts] = []
+
+    @contextmanager
+    def no_cluster(address: str | None) -> Iterator[None]:
+        yield
+
+    def answer(cluster: None, asked: Generation, model: str, prompts: Prompts) -> Rollouts:
+        found.append(prompts)
+        return make_rollouts([2] * len(prompts.ids), ids=prompts.ids)
+
+    monkeypatch.setattr(inference, "_cluster", no_cluster)
+    monkeypatch.setattr(inference, "_generate", answer)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("too_long", "other", "ids", "words"),
+    [
+        ("drop", "short", [0, 2], "1 of 3 prompts left out"),
+        ("cut_left", "short", [0, 2], "1 of 3 prompts left out"),
+        ("cut_left", "as_short", [0, 1, 2], ""),
+        ("drop", "as_short", [0, 2], ""),
+    ],
+)
+def test_models_are_compared_on_what_they_read_alike(
+    too_long: str,
+    other: str,
+    ids: list[int],
+    words: str,
+    folder: Path,
+    written: list[Prompts],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("long", "short", "as_short"):
+        make_llama(folder / name)
+    for name in ("short", "as_short"):
+        change_json(folder / name / "config.json", max_position_embeddings=140)
+    rows = [{"prompt": prompt} for prompt in ("How?", "?!" * 30, "Why?")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = schema.PromptData.model_validate({"train": "prompts.jsonl", "too_long": too_long})
+    answered("short", data, models=("long" if other == "short" else other, "short"))
+    assert [prompts.ids for prompts in written] == [ids, ids]
+    assert written[0].token_ids == written[1].token_ids
+    screen = " ".join(capsys.readouterr().err.split())
+    assert words in screen
+    assert bool(words) == ("read them alike" in screen)
+
+
+def test_nothing_that_two_models_read_alike(folder: Path, written: list[Prompts]) -> None:
+    for name in ("long", "short"):
+        make_llama(folder / name)
+    change_json(folder / "short/config.json", max_position_embeddings=140)
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "?!" * 30}) + "\n")
+    data = schema.PromptData.model_validate({"train": "prompts.jsonl", "too_long": "cut_right"})
+    with pytest.raises(ConfigError, match="--compare: the models read no prompt alike"):
+        answered("", data, models=("long", "short"))
+    assert written == []
+
+
 def test_a_model_is_found_in_the_folder_of_its_stage_or_run(folder: Path) -> None:
     make_llama(folder / "run/sft/model")
     make_reward_model(folder / "run/reward_model/model")
@@ -214,7 +314,17 @@ def test_a_model_is_found_in_the_folder_of_its_stage_or_run(folder: Path) -> Non
         find_model(str(folder), scores=False)
 
 
-def test_an_adapter_becomes_a_whole_model(folder: Path) -> None:
+def test_the_last_stage_of_a_run_gives_the_model(folder: Path) -> None:
+    for number, stage in enumerate(("second", "first")):
+        make_llama(folder / "run" / stage / "model")
+        os.utime(folder / "run" / stage / "model", (number, number))
+    assert find_model("run", scores=False) == "run/first/model"
+    stages = "".join(f"- {{name: {name}, method: sft}}\n" for name in ("first", "second", "to_come"))
+    (folder / "run/config.yaml").write_text(f"run_dir: run\nstages:\n{stages}")
+    assert find_model("run", scores=False) == "run/second/model"
+
+
+def test_an_adapter_becomes_a_whole_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -231,11 +341,16 @@ def test_an_adapter_becomes_a_whole_model(folder: Path) -> None:
     assert float((found - expected).abs().max()) < 1e-4
     assert float((found - AutoModelForCausalLM.from_pretrained(base).eval()(tokens).logits).abs().max()) > 1e-2
     assert (folder / "merged" / "tokenizer_config.json").exists()
+    # Prompts are checked with the base's files, before the weights are merged.
+    with monkeypatch.context() as patched:
+        patched.setattr(inference, "merge_adapter", None)
+        with pytest.raises(ConfigError, match=r"prompt 1: got .* adapter takes 256"):
+            answered("adapter", ("?!" * 150,))
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     (folder / "adapter" / "adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": "./nowhere"})
     )
-    with pytest.raises(ConfigError, match="cannot be merged with its base"):
+    with pytest.raises(ConfigError, match=r"base cannot be loaded: ./nowhere: no such directory"):
         merge_adapter(str(folder / "adapter"), folder / "again")
     with pytest.raises(ConfigError, match="got a peft adapter, wanted a whole reward model"):
         evaluated("adapter")

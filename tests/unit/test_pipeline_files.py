@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hh import interval, overrides
+from benchmarks.hh import overrides
 from rlhf_ray.config import schema
 from rlhf_ray.config.effects import rewards_of
 from rlhf_ray.config.load import load_pipeline
@@ -75,9 +75,3 @@ def test_the_small_run_of_a_hub_pipeline_is_valid(name: str, monkeypatch: pytest
         source.path for stage in pipeline.stages for source in (*stage.data.train, *(stage.data.evaluation or ()))
     ]
     assert all(source.startswith("../shared/data/") for source in sources)
-
-
-def test_the_interval_of_a_share() -> None:
-    # Wilson's interval of 5 in 10, by hand: (0.5 + 1.92 / 10 +- 1.96 sqrt(0.025 + 0.0096)) / 1.384.
-    assert interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)

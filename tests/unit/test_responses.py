@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from rlhf_ray.trainers.responses import Responses, compare, estimate, show_responses, show_scores, write_responses
+from rlhf_ray.responses import Responses, compare, estimate, show_responses, show_scores, write_responses
 from tests.unit.trainers.fake_workers import make_rollouts
 
 

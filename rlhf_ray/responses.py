@@ -46,7 +46,7 @@ class Responses:
         return len(self.rollouts) // len(set(self.rollouts.prompt_ids.tolist()))
 
     def logprobs(self) -> SequenceFloat:
-        """[B] log-probability of each response under the distribution that it was taken from."""
+        """[B] log-probability of each response, summed over its tokens, under the distribution it was taken from."""
         return masked_row_sum(self.rollouts.generator_logprobs, self.rollouts.sequences.response_mask)
 
     def lengths(self) -> list[int]:
@@ -83,8 +83,8 @@ def estimate(values: SequenceFloat, per_prompt: int) -> Estimate:
     """Mean with standard error; responses to one prompt are alike, so the cases are prompts where there are several.
 
     Args:
-        values: one for each response.
-        per_prompt: responses to each prompt, adjacent.
+        values: [B] one for each response.
+        per_prompt: responses to each prompt, adjacent; it divides B.
     """
     cases = values.double()
     if len(cases) > per_prompt:
@@ -94,7 +94,7 @@ def estimate(values: SequenceFloat, per_prompt: int) -> Estimate:
 
 
 def compare(first: Responses, second: Responses) -> Comparison:
-    """The second model's scores against the first one's; both have scores, to the same prompts in the same order."""
+    """The second model's scores [B] against the first one's [B]; both to the same prompts in the same order."""
     assert first.scores is not None, "the first model's responses have no scores"
     assert second.scores is not None, "the second model's responses have no scores"
     # The same response may score differently in its last digits beside other responses.

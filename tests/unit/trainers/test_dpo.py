@@ -213,17 +213,19 @@ def test_an_answer_that_comes_twice_is_asked_for_once(tmp_path: Path) -> None:
     assert len(set(found.reference_chosen.tolist())) == 1
 
 
-def test_without_a_reference_of_its_own_the_policy_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_without_a_reference_of_its_own_the_policy_answers(tmp_path: Path, cached: bool) -> None:
     asked = Stage(tmp_path, settings()).train(run="separate")
     stage = Stage(tmp_path, settings(), reference=False)
     with stage.cache() as cache:
-        learner = stage.train(cache=cache)
+        learner = stage.train(cache=cache if cached else None)
+        assert unknown_answers(stage.config, cache, stage.pairs, stage.held_out, steps=3) == (14 * (not cached), 14)
     answers = [event for event in stage.events if event[0] == "policy reference_answer_logprobs"]
-    assert answers == [("policy reference_answer_logprobs", number) for number in (6, 4, 4)]
+    # The third step's batch is the first one again.
+    wanted = (6, 4, 4) if cached else (6, 4, 4, 4)
+    assert answers == [("policy reference_answer_logprobs", number) for number in wanted]
     assert torch.equal(learner.batch.reference_chosen, asked.batch.reference_chosen)
     assert torch.equal(learner.batch.reference_rejected, asked.batch.reference_rejected)
-    with stage.cache() as cache:
-        assert unknown_answers(stage.config, cache, stage.pairs, stage.held_out, steps=3) == (0, 14)
 
 
 @pytest.mark.parametrize("kind", ["simpo", "orpo"])

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.paths import check_model_path
-from rlhf_ray.data.batches import Prompts, Rollouts, Sequences
+from rlhf_ray.data.batches import Prompts, Rollouts
+from rlhf_ray.data.pair_scores import answer_rollouts
 from rlhf_ray.data.preferences import load_preferences
 from rlhf_ray.data.prompts import encode_prompts, load_prompts
 from rlhf_ray.distributed.groups import RayGroup, WorkerGroup
@@ -86,11 +86,10 @@ def evaluate(
         data = data.model_copy(update={"max_length": longest})
     pairs = load_preferences(data, tokenizer, seed=0, sources="train")
     _say(f"{found}: {len(pairs)} pairs of {pairs.report['rows']} rows{_left_out(pairs.report)}")
-    batch = pairs.all()
-    both = Sequences.concat([batch.chosen, batch.rejected])
+    both = Rollouts.concat(answer_rollouts(pairs, range(len(pairs)), tokenizer))
     with _cluster(address) as cluster, _scorer(cluster, scorer, found, policy=found) as group:
-        chosen, rejected = _score(group, _as_rollouts(both, [*batch.ids, *batch.ids], tokenizer)).chunk(2)
-    return report_pairs(chosen, rejected, batch)
+        chosen, rejected = _score(group, both).chunk(2)
+    return report_pairs(chosen, rejected, pairs.all())
 
 
 def generate(asked: Generation, *, address: str | None) -> list[Responses]:
@@ -229,21 +228,6 @@ def _prompts(asked: Generation, model: str) -> Prompts:
     if not asked.chat and isinstance(asked.prompts, tuple) and tokenizer.chat_template:
         _say(f"{model}: the tokenizer has a chat template, which the prompts are not put into; --chat does that")
     return prompts
-
-
-def _as_rollouts(sequences: Sequences, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Rollouts:
-    """Texts of a data set as a scorer takes them; the words are for its messages."""
-    tokens = [row[mask].tolist() for row, mask in zip(sequences.tokens, sequences.response_mask, strict=True)]
-    return Rollouts(
-        sequences=sequences,
-        generator_logprobs=torch.zeros(sequences.tokens.shape),
-        finished=torch.ones(len(sequences), dtype=torch.bool),
-        prompts=[""] * len(sequences),
-        responses=tokenizer.batch_decode(tokens, skip_special_tokens=True),
-        answers=[None] * len(sequences),
-        prompt_ids=torch.tensor(ids),
-        policy_version=0,
-    )
 
 
 def _left_out(report: dict[str, int]) -> str:

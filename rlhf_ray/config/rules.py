@@ -146,6 +146,13 @@ def _run(pipeline: Pipeline) -> Iterator[Problem]:
             generator = generator_of(stage)
             if generator is None or isinstance(stage, Collect):
                 continue
+            if isinstance(stage.policy, Policy) and stage.policy.lora is not None:
+                yield Problem(
+                    ("placement", "transport"),
+                    f"got {transport}, wanted auto, shared_memory or gloo: {stage.name} sends adapters, which vLLM "
+                    "reads from files",
+                    because=(("stages", index, "policy", "lora"),),
+                )
             for role, workers in (("policy", stage.policy), ("generator", generator)):
                 if workers.gpus == 0:
                     yield Problem(
@@ -162,6 +169,11 @@ def _stage(pipeline: Pipeline, index: int) -> Iterator[Problem]:
         yield from _model(pipeline, index, (*path, *key), section)
     for key, learner in learners(stage):
         yield from learner_rules(learner, (*path, *key))
+        if isinstance(stage, RewardModel) and learner.lora is not None and learner.lora.quantise == "nf4":
+            yield Problem(
+                (*path, *key, "lora", "quantise"),
+                "got nf4, wanted none: what it leaves is an adapter, and scorers take whole models only",
+            )
     for split in ("train", "evaluation"):
         for position, source in enumerate(getattr(stage.data, split) or ()):
             where = (*path, "data", split, position)

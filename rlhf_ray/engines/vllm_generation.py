@@ -125,6 +125,10 @@ class VllmEngine:
         self._stop_token_ids = list(load_eos_token_ids(model, revision, load_tokenizer(tokenizer)))
         arguments = _arguments(config, model_config, max_model_len=self._max_model_len, gpu=gpu)
         if lora is not None:
+            if gpu and config.dtype == "float32":
+                raise ConfigError(
+                    "generator.dtype: got float32, wanted bfloat16: on a GPU vLLM takes adapters in 16 bits only"
+                )
             _check_takes_adapters(model, model_config)
             arguments |= _adapter_arguments(lora, layer_names(model_config, lora))
         source = {"model": model, "revision": revision, "tokenizer": tokenizer}

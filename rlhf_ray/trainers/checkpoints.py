@@ -61,6 +61,8 @@ _MAY_CHANGE = (
     "reward.*.workers",
     "reward.*.timeout_s",
     "reward.*.batch_size",
+    "cache",
+    "cache_dir",
     "evaluation.every",
     "checkpoints.*",
 )

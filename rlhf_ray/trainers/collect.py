@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,8 @@ def collect(
         batch = batch_of(config, prompts, iteration)
         rollouts = groups.generator.split(Generator.generate, batch, config.sampling, iteration=iteration).result()
         scores, parts = score_rollouts(config.reward, groups.rewards, rollouts)
-        run.write_rollouts(rollouts, scores=scores, parts=parts)
+        journal = replace(rollouts, policy_version=origin.policy_version)
+        run.write_rollouts(journal, scores=scores, parts=parts)
         number = config.sampling.samples_per_prompt
         samples = Samples(
             rollouts=rollouts,

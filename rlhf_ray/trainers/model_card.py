@@ -43,7 +43,7 @@ def write_model_card(
         after: metrics at the end.
     """
     front: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if (model_dir / "adapter_config.json").exists() else "transformers",
         "pipeline_tag": "text-classification" if method == "reward_model" else "text-generation",
         "tags": ["rlhf_ray", "rlhf", method],
     }

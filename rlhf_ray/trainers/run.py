@@ -216,11 +216,13 @@ class RunFolder:
             raise CheckpointError(
                 f"{path}: not the result of a stage: {error}; remove it to end the stage anew"
             ) from error
-        if result.output.name == DATA and not any(result.output.glob(PARTS)):
+        if result.output.name == DATA and len(list(result.output.glob(PARTS))) < result.iteration:
             raise CheckpointError(
-                f"{result.output}: the data of stage {stage} are gone; remove {path.parent} to collect anew"
+                f"{result.output}: data of stage {stage} are gone, wanted {result.iteration} parts; remove "
+                f"{path.parent} to collect anew"
             )
-        if result.output.name == MODEL and not (result.output / "config.json").exists():
+        configs = ("config.json", "adapter_config.json")
+        if result.output.name == MODEL and not any((result.output / name).exists() for name in configs):
             raise CheckpointError(
                 f"{result.output}: the model of stage {stage} is gone; remove {path} to write it again"
             )

@@ -79,6 +79,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "prompt_length_reversed": ("data.prompt_length.min (line 6)", "got 8", "`max`, 2"),
     "fresh_model_in_ppo": ("policy.model (line 4)", "a fresh model", "put an sft stage"),
     "tensor_parallel_on_cpu": ("generator.tensor_parallel (line 7)", "got 2", "gpus: 0"),
+    "nccl_for_an_adapter": ("placement.transport (line 7)", "got nccl", "ppo sends adapters"),
     "nccl_without_gpus": ("placement.transport (line 7)", "got nccl", "gpus is 0"),
     "function_without_module": ("reward.0.function (line 5)", "got 'length'", "`module:function`"),
     "no_reward_module": ("reward.0.function (line 5)", "no module 'reward_functions'"),

@@ -262,6 +262,14 @@ def test_which_settings_may_change_on_resume(change, allowed):
     assert (result_settings(ppo(), seed=1) == result_settings(ppo(**change), seed=1)) is allowed
 
 
+def test_where_the_reference_is_remembered_may_change():
+    values = {"method": "dpo", "policy": {"model": "m"}, "data": {"train": "x.jsonl"}}
+    before = result_settings(schema.Dpo.model_validate(values), seed=1)
+    assert before == result_settings(schema.Dpo.model_validate(values | {"cache_dir": "elsewhere"}), seed=1)
+    assert before == result_settings(schema.Dpo.model_validate(values | {"cache": False}), seed=1)
+    assert before != result_settings(schema.Dpo.model_validate(values | {"loss": {"beta": 0.2}}), seed=1)
+
+
 def test_the_seed_may_not_change():
     assert result_settings(ppo(), seed=1) != result_settings(ppo(), seed=2)
 

@@ -428,6 +428,13 @@ def test_a_model_that_is_gone_is_named(tmp_path):
             folder.result("ppo")
 
 
+def test_an_adapter_is_a_result_too(tmp_path):
+    with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
+        result = train(folder, settings(), Counter())
+        (result.output / "config.json").rename(result.output / "adapter_config.json")
+        assert folder.result("ppo") == result
+
+
 def test_span_metrics_by_hand():
     spans = [
         Span("generator", 0, "generate", 0.0, 2.0),

@@ -7,7 +7,7 @@ plain attention, which spends its time on the zeros between packed rows as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Literal, TypeAlias
@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_ray.data.batches import Sequences
-from rlhf_ray.data.packing import pack
+from rlhf_ray.data.packing import pack, plan_micro_batches
 from rlhf_ray.models.heads import NetworkOutput
-from rlhf_ray.shapes import SequenceFloat, TokenFloat
+from rlhf_ray.shapes import SequenceFloat, TokenFloat, TokenMask
 
 Layout: TypeAlias = Literal["packed", "padded"]
 Entropy: TypeAlias = Literal["off", "reported", "trained"]
@@ -85,6 +85,29 @@ def forward(
     before = pad(after, (1, 0))[:, :-1] * sequences.attention_mask.to(device)
     final = after.gather(1, (sequences.lengths().to(device) - 1).clamp(min=0)[:, None]).squeeze(1)
     return Outputs(logprobs, entropies, before, final)
+
+
+def plan_answers(lengths: Sequence[int], *, max_tokens: int, layout: Layout, device: torch.device) -> list[list[int]]:
+    """Rows by forward pass for `answer_totals`.
+
+    On a CPU every row goes through the network alone, so that its number is the same bits beside any other rows.
+    """
+    alone = 1 if device.type == "cpu" else None
+    return plan_micro_batches(lengths, max_tokens=max_tokens, max_sequences=alone, padded=layout == "padded")
+
+
+def answer_totals(judged: Iterable[tuple[list[int], Outputs]], response_mask: TokenMask) -> SequenceFloat:
+    """[B] float32 log-probability of each row's response, added up in float64.
+
+    Args:
+        judged: rows, and what the network says about them.
+        response_mask: of all rows.
+    """
+    totals = torch.zeros(len(response_mask))
+    for rows, outputs in judged:
+        for row, logprobs in zip(rows, outputs.logprobs.double().cpu(), strict=True):
+            totals[row] = logprobs[response_mask[row]].sum()
+    return totals
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ def run_dpo(site: Site, stage: schema.Dpo) -> None:
         data = _scored(site, stage, data, model)
     total = total_steps(stage, data.train)
     with site.stage_run(stage, total=total, data=data) as run, _cache(site, stage, model, run) as cache:
-        asks = _asks_reference(stage, data, cache, run)
-        requests = _requests(stage, asks_reference=asks, gpus=site.cluster.gpus)
+        has_reference = _has_reference(stage, data, cache, run)
+        requests = _requests(stage, has_reference=has_reference, gpus=site.cluster.gpus)
         with site.cluster.reserve(requests) as placement:
             actors = Actors(site, stage, placement, model)
             policy = actors.learner(
@@ -47,19 +47,20 @@ def run_dpo(site: Site, stage: schema.Dpo) -> None:
                 dropout=stage.dropout,
                 packing=stage.packing,
             )
-            reference = actors.reference(stage.reference) if asks else None
+            reference = actors.reference(stage.reference) if has_reference else None
             samples = None if stage.generator is None else _samples(site, stage, actors, policy, data)
             rewards = actors.scorers(stage.reward) if stage.generator is not None else {}
             actors.wait()
             groups = DpoGroups(policy, reference, rewards)
             run.start_or_resume(LearnerParts({"policy": policy}))
-            train_dpo(stage, groups, data.train, data.held_out, References(groups, cache), samples, run)
+            references = References(groups, cache, needed=stage.needs_reference)
+            train_dpo(stage, groups, data.train, data.held_out, references, samples, run)
             run.finish()
 
 
-def _requests(stage: schema.Dpo, *, asks_reference: bool, gpus: float) -> list[RoleRequest]:
+def _requests(stage: schema.Dpo, *, has_reference: bool, gpus: float) -> list[RoleRequest]:
     requests = [learner_request("policy", stage.policy)]
-    if asks_reference:
+    if has_reference:
         requests.append(reference_request(stage.reference))
     if stage.generator is not None:
         requests += [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
@@ -103,23 +104,34 @@ def _cache(site: Site, stage: schema.Dpo, model: str, run: StageRun) -> Iterator
     if not (stage.needs_reference and stage.cache):
         yield None
         return
-    settings = stage.reference
-    own = settings.model
-    weights = (
-        model_digest(model, stage.policy.revision) if own is None else model_digest(site.model(own), settings.revision)
-    )
-    on_gpu = bool(site.cluster.gpus if settings.gpus is None else settings.gpus)
-    key = reference_key({"weights": weights, "dtype": settings.dtype, "device": "gpu" if on_gpu else "cpu"})
+    key = reference_key(_decides_reference(site, stage, model))
     with ReferenceCache(cache_folder(stage.cache_dir), key, run.message) as cache:
         yield cache
 
 
-def _asks_reference(stage: schema.Dpo, data: StageData, cache: ReferenceCache | None, run: StageRun) -> bool:
-    """Whether somebody has to be there for the reference: for answers that are not known, or for samples."""
+def _decides_reference(site: Site, stage: schema.Dpo, model: str) -> dict[str, str]:
+    """What the reference's numbers depend on, which are the same from the policy's workers and from its own."""
+    own = stage.reference.model
+    asked = stage.policy if stage.adapter_is_off_in_reference else stage.reference
+    weights = (
+        model_digest(model, stage.policy.revision)
+        if own is None
+        else model_digest(site.model(own), stage.reference.revision)
+    )
+    on_gpu = bool(site.cluster.gpus if asked.gpus is None else asked.gpus)
+    parts = {"weights": weights, "dtype": asked.dtype, "device": "gpu" if on_gpu else "cpu"}
+    lora = stage.policy.lora
+    if stage.adapter_is_off_in_reference and lora is not None and lora.quantise != "none":
+        parts["quantise"] = lora.quantise
+    return parts
+
+
+def _has_reference(stage: schema.Dpo, data: StageData, cache: ReferenceCache | None, run: StageRun) -> bool:
+    """Whether the reference has workers of its own: for answers that are not known, or for samples."""
     if not stage.needs_reference:
         return False
-    if cache is None:
-        return True
-    unknown, answers = unknown_answers(stage, cache, data.train, data.held_out, steps=run.total)
-    run.message(f"reference: {answers - unknown} of {answers} answers are in the cache {cache.folder.parent}")
-    return unknown > 0 or stage.generator is not None
+    unknown = 1
+    if cache is not None:
+        unknown, answers = unknown_answers(stage, cache, data.train, data.held_out, steps=run.total)
+        run.message(f"reference: {answers - unknown} of {answers} answers are in the cache {cache.folder.parent}")
+    return not stage.adapter_is_off_in_reference and (unknown > 0 or stage.generator is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +17,11 @@ from rlhf_ray.data.pair_scores import PairScores, answer_rollouts
 from rlhf_ray.data.preferences import PreferenceSet
 from rlhf_ray.data.reference_cache import ReferenceCache, answer_digests
 from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather
-from rlhf_ray.shapes import SequenceFloat, TokenFloat
-from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum
+from rlhf_ray.shapes import SequenceFloat
+from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum, worker_metrics
 from rlhf_ray.trainers.metrics import prefixed
-from rlhf_ray.trainers.preference_report import judge_pairs
+from rlhf_ray.trainers.preference_report import report_pairs
+from rlhf_ray.trainers.reference import reference_answer_logprobs, reference_logprobs
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
@@ -40,13 +41,14 @@ class DpoGroups:
     """The worker groups of a DPO stage.
 
     Args:
-        reference: None where nobody needs to be asked: the loss has no reference, or all its answers are known.
+        reference: None where the policy with its adapter off is the reference, and where nobody needs to be asked: the
+            loss has no reference, or all its answers are known.
         rewards: one group for each scorer of the evaluation's samples, by its name in the metrics.
     """
 
     policy: WorkerGroup[Learner]
     reference: WorkerGroup[ReferenceScorer] | None
-    rewards: Mapping[str, WorkerGroup[RewardScorer]]
+    rewards: dict[str, WorkerGroup[RewardScorer]]
 
 
 @dataclass(frozen=True)
@@ -62,25 +64,30 @@ class References:
     """The reference's log-probabilities of answers: from the cache where they are known, else asked for and kept.
 
     Args:
-        groups: who is asked; without a reference and a cache every answer has 0, for losses that have none.
-        cache: what is known.
+        groups: who is asked.
+        cache: what is known; None: everything is asked for.
+        needed: whether the loss has a reference; without one every answer has 0.
     """
 
-    def __init__(self, groups: DpoGroups, cache: ReferenceCache | None) -> None:
+    def __init__(self, groups: DpoGroups, cache: ReferenceCache | None, *, needed: bool) -> None:
         self._groups = groups
         self._cache = cache
+        self._needed = needed
 
     def ask(self, pairs: PreferencePairs) -> AskedPairs:
         """Starts what has to be computed."""
         both = Sequences.concat([pairs.chosen, pairs.rejected])
-        if self._groups.reference is None and self._cache is None:
+        if not self._needed:
             return AskedPairs(pairs, torch.zeros(len(both)))
         if self._cache is None:
-            return AskedPairs(pairs, ask_answers(self._groups, both))
+            return AskedPairs(pairs, self._ask(both))
         digests = answer_digests(both)
         missing = list({digests[row]: row for row in self._cache.missing(digests)}.values())
-        pending = ask_answers(self._groups, both.select(missing)) if missing else None
+        pending = self._ask(both.select(missing)) if missing else None
         return AskedPairs(pairs, pending, self._cache, digests, [digests[row] for row in missing])
+
+    def _ask(self, answers: Sequences) -> Pending[SequenceFloat]:
+        return reference_answer_logprobs(self._groups.reference, self._groups.policy, answers)
 
 
 class AskedPairs:
@@ -111,18 +118,6 @@ class AskedPairs:
         return ReferencedPairs(self._pairs, *found.chunk(2))
 
 
-def ask_answers(groups: DpoGroups, sequences: Sequences) -> Pending[SequenceFloat]:
-    """[B] the reference's log-probability of each row's answer."""
-    assert groups.reference is not None, "answers are missing in the cache, and there is no reference to ask"
-    return groups.reference.split(ReferenceScorer.answer_logprobs, sequences)
-
-
-def ask_tokens(groups: DpoGroups, sequences: Sequences, temperature: float) -> Pending[TokenFloat]:
-    """[B, T] the reference's log-probability of each response token."""
-    assert groups.reference is not None, "samples are compared with the reference where there is one"
-    return groups.reference.split(ReferenceScorer.logprobs, sequences, temperature)
-
-
 def train_dpo(
     config: schema.Dpo,
     groups: DpoGroups,
@@ -136,7 +131,8 @@ def train_dpo(
     objective = preference_objective(config.loss)
     judged = None if held_out is None else references.ask(held_out.all())
     if run.iteration == 0:
-        run.record(evaluate(config, groups, objective, judged, samples, run, iteration=0))
+        before = scoring_metrics(pairs) if config.scores_pairs else {}
+        run.record(before | evaluate(config, groups, objective, judged, samples, run, iteration=0))
     for step, batch in batches_one_ahead(config, pairs, references, run):
         stats = groups.policy.all(Learner.update, batch, objective, epochs=1, mini_batches=1, iteration=step).result()[
             0
@@ -145,7 +141,18 @@ def train_dpo(
         metrics["policy/tokens"] = float(objective.sequences(batch).attention_mask.sum())
         if run.evaluation_due(step, every=config.evaluation.every):
             metrics |= evaluate(config, groups, objective, judged, samples, run, iteration=step)
+        metrics |= worker_metrics(memory_asked(groups, samples), groups.rewards)
         run.finish_iteration(metrics)
+
+
+def memory_asked(groups: DpoGroups, samples: Samples | None) -> dict[str, Pending[list[float]]]:
+    """The peak memory of each role's workers, the scorers' aside."""
+    asked = {"policy": groups.policy.all(Learner.memory)}
+    if groups.reference is not None:
+        asked["reference"] = groups.reference.all(ReferenceScorer.memory)
+    if samples is not None:
+        asked["generator"] = samples.generator.all(Generator.memory)
+    return asked
 
 
 def batches_one_ahead(
@@ -191,23 +198,32 @@ def evaluate(
     if held_out is None:
         return {}
     with run.evaluating():
-        metrics = evaluate_pairs(groups.policy, objective, held_out.result())
+        metrics = evaluate_pairs(groups.policy, objective, held_out.result(), run, iteration=iteration)
         if samples is not None:
             metrics |= evaluate_samples(config, groups, samples, run, iteration=iteration)
     return metrics
 
 
 def evaluate_pairs(
-    policy: WorkerGroup[Learner], objective: PreferenceObjective, pairs: ReferencedPairs
+    policy: WorkerGroup[Learner],
+    objective: PreferenceObjective,
+    pairs: ReferencedPairs,
+    run: StageRun,
+    *,
+    iteration: int,
 ) -> dict[str, float]:
-    """The loss and its metrics, and how well the implicit rewards agree with the preferences, under `evaluation/`."""
+    """The loss and its metrics, and how well the implicit rewards agree with the preferences, under `evaluation/`.
+
+    The run keeps the report on the implicit rewards that they are part of.
+    """
     logprobs = policy.split(Learner.logprobs, objective.sequences(pairs), 1.0).result()
     loss, sums = objective.judge(logprobs, pairs)
     chosen, rejected = objective.rewards(logprobs, pairs)
-    longer = pairs.pairs.chosen.response_mask.sum(1) - pairs.pairs.rejected.response_mask.sum(1)
-    found = judge_pairs(chosen, rejected, torch.zeros(len(pairs)), longer=longer)
-    found |= {name: float(total) / len(pairs) for name, total in ({"loss": loss} | sums).items()}
-    return {f"evaluation/{name}": value for name, value in found.items()}
+    report = report_pairs(chosen, rejected, pairs.pairs)
+    means = {name: float(total) / len(pairs) for name, total in ({"loss": loss} | sums).items()}
+    report = replace(report, metrics=report.metrics | means)
+    run.write_report(report, iteration=iteration, margins=chosen - rejected)
+    return {f"evaluation/{name}": value for name, value in report.metrics.items()}
 
 
 def evaluate_samples(
@@ -236,7 +252,7 @@ def sample_kl(groups: DpoGroups, rollouts: Rollouts, temperature: float) -> tupl
     """The estimators k1 and k3 of KL(policy || reference), each summed over a response: [B] and [B]."""
     policy, reference = gather(
         groups.policy.split(Learner.logprobs, rollouts.sequences, temperature),
-        ask_tokens(groups, rollouts.sequences, temperature),
+        reference_logprobs(groups.reference, groups.policy, rollouts.sequences, temperature),
     )
     mask = rollouts.sequences.response_mask
     return masked_row_sum(kl.k1(policy, reference), mask), masked_row_sum(kl.k3(policy, reference), mask)
@@ -258,6 +274,14 @@ def score_pairs(
         chosen.append(better)
         rejected.append(worse)
     return PairScores(torch.cat(chosen), torch.cat(rejected))
+
+
+def scoring_metrics(pairs: PreferenceSet) -> dict[str, float]:
+    """How many training pairs the scores have left, exchanged and dropped, under `data/`.
+
+    Dropped are also those that the data's own rules have left out.
+    """
+    return {f"data/pairs_{name}": float(pairs.report[name]) for name in ("used", "exchanged", "dropped")}
 
 
 def unknown_answers(

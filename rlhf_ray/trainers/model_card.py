@@ -13,12 +13,8 @@ import yaml
 from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.trainers.durable import write_text
 
-_METHODS = {
-    "sft": "supervised fine-tuning",
-    "reward_model": "the Bradley-Terry loss on preferences",
-    "ppo": "PPO",
-    "dpo": "DPO",
-}
+_METHODS = {"sft": "supervised fine-tuning", "reward_model": "the Bradley-Terry loss on preferences", "ppo": "PPO"}
+_PREFERENCE_LOSSES = {"sigmoid": "DPO", "ipo": "IPO", "simpo": "SimPO", "orpo": "ORPO"}
 _SECRET_NAME = re.compile(r"(^|_)(key|secret|password|passwd|token|credentials?|auth)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{12,})|(?<=://)[^/@\s]*:[^/@\s]*(?=@)"
@@ -62,7 +58,7 @@ def write_model_card(
         "",
         f"# {title}",
         "",
-        f"Trained with rlhf_ray by {_METHODS.get(method, method)}"
+        f"Trained with rlhf_ray by {_made_by(method, settings)}"
         + (f" from `{base_model}`." if base_model else " from a fresh model."),
         "",
         "## Metrics",
@@ -88,6 +84,12 @@ def redact(value: Any, name: str = "") -> Any:
     if not isinstance(value, str):
         return value
     return "(removed)" if _SECRET_NAME.search(name) else _SECRET_VALUE.sub("(removed)", value)
+
+
+def _made_by(method: str, settings: Mapping[str, Any]) -> str:
+    if method == "dpo":
+        return f"{_PREFERENCE_LOSSES[settings['loss']['kind']]} on preferences"
+    return _METHODS[method]
 
 
 def _value(value: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_ray.data.batches import Sequences
 from rlhf_ray.distributed.groups import Pending, WorkerGroup
-from rlhf_ray.shapes import TokenFloat
+from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.scorers import ReferenceScorer
 
@@ -21,3 +21,12 @@ def reference_logprobs(
     if reference is not None:
         return reference.split(ReferenceScorer.logprobs, sequences, temperature)
     return policy.split(Learner.reference_logprobs, sequences, temperature)
+
+
+def reference_answer_logprobs(
+    reference: WorkerGroup[ReferenceScorer] | None, policy: WorkerGroup[Learner], sequences: Sequences
+) -> Pending[SequenceFloat]:
+    """[B] log pi_ref of each row's response at temperature 1, asked of the same workers."""
+    if reference is not None:
+        return reference.split(ReferenceScorer.answer_logprobs, sequences)
+    return policy.split(Learner.reference_answer_logprobs, sequences)

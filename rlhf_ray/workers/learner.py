@@ -36,7 +36,15 @@ from rlhf_ray.distributed.transports import (
     this_endpoint,
 )
 from rlhf_ray.engines.deepspeed_training import TrainingEngine, join_process_group
-from rlhf_ray.models.forward import Entropy, Layout, Outputs, forward, supports_packing
+from rlhf_ray.models.forward import (
+    Entropy,
+    Layout,
+    Outputs,
+    answer_totals,
+    forward,
+    plan_answers,
+    supports_packing,
+)
 from rlhf_ray.models.heads import (
     Head,
     LanguageModel,
@@ -164,6 +172,17 @@ class Learner:
         with adapter_off(self.engine.module):
             return self.logprobs(sequences, temperature)
 
+    def reference_answer_logprobs(self, sequences: Sequences) -> SequenceFloat:
+        """[B] log-probability of each row's response at temperature 1, with the adapter switched off.
+
+        Of the same bits as those that a ReferenceScorer gives with the same weights on a CPU.
+        """
+        assert self.config.lora is not None, "a network without an adapter has no reference in itself"
+        budget = token_budget(self.config.micro_batch_tokens, self.device)
+        plan = plan_answers(sequences.lengths().tolist(), max_tokens=budget, layout=self.layout, device=self.device)
+        with adapter_off(self.engine.module):
+            return answer_totals(self._judge(sequences, 1.0, plan), sequences.response_mask)
+
     def values(self, sequences: Sequences) -> Values:
         """The critic's values of rows that it may never have seen."""
         values, final = torch.zeros(sequences.tokens.shape), torch.zeros(len(sequences))
@@ -186,9 +205,11 @@ class Learner:
         return self._summed([total])[0] / max(1, unit_count(sequences.response_mask, "token"))
 
     @torch.no_grad()
-    def _judge(self, sequences: Sequences, temperature: float | None) -> Iterator[tuple[list[int], Outputs]]:
+    def _judge(
+        self, sequences: Sequences, temperature: float | None, plan: list[list[int]] | None = None
+    ) -> Iterator[tuple[list[int], Outputs]]:
         self.engine.train(False)
-        plan = self._micro_batches(sequences.lengths())
+        plan = self._micro_batches(sequences.lengths()) if plan is None else plan
         # At ZeRO 3 a forward pass gathers shards from all ranks, so all ranks make the same number of them.
         fillers = self._most(len(plan)) - len(plan) if self.engine.stage == 3 else 0
         for rows in plan:

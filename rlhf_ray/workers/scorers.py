@@ -7,7 +7,7 @@ import inspect
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +24,7 @@ from rlhf_ray.data.packing import plan_micro_batches, token_budget
 from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.errors import ConfigError, WorkerError
-from rlhf_ray.models.forward import Layout, forward, supports_packing
+from rlhf_ray.models.forward import Layout, Outputs, answer_totals, forward, plan_answers, supports_packing
 from rlhf_ray.models.heads import LanguageModel
 from rlhf_ray.models.loading import load_causal_lm, load_classifier, load_tokenizer
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
@@ -70,27 +70,27 @@ class ReferenceScorer:
         """[B, T] float32 log-probability of each response token at this temperature; 0 outside response_mask."""
         result = torch.zeros(sequences.tokens.shape)
         lengths = sequences.lengths().tolist()
-        for rows in plan_micro_batches(lengths, max_tokens=self._max_tokens, padded=self._layout == "padded"):
-            chosen = sequences.select(rows)
-            outputs = forward(self._network, chosen, layout=self._layout, device=self._device, temperature=temperature)
+        plan = plan_micro_batches(lengths, max_tokens=self._max_tokens, padded=self._layout == "padded")
+        for rows, outputs in self._judge(sequences, plan, temperature):
             result[rows] = outputs.logprobs.float().cpu()
         return result
 
     @torch.no_grad()
     def answer_logprobs(self, sequences: Sequences) -> SequenceFloat:
-        """[B] float32 log-probability of each row's response at temperature 1.
-
-        On a CPU every row goes through the network alone, so that its number is the same bits beside any other rows.
-        """
-        result = torch.zeros(len(sequences))
-        alone = None if self._layout == "packed" else 1
+        """[B] float32 log-probability of each row's response at temperature 1; on a CPU see `plan_answers`."""
         lengths = sequences.lengths().tolist()
-        for rows in plan_micro_batches(lengths, max_tokens=self._max_tokens, max_sequences=alone):
+        plan = plan_answers(lengths, max_tokens=self._max_tokens, layout=self._layout, device=self._device)
+        return answer_totals(self._judge(sequences, plan, 1.0), sequences.response_mask)
+
+    def _judge(
+        self, sequences: Sequences, plan: list[list[int]], temperature: float
+    ) -> Iterator[tuple[list[int], Outputs]]:
+        for rows in plan:
             chosen = sequences.select(rows)
-            outputs = forward(self._network, chosen, layout=self._layout, device=self._device)
-            for row, logprobs, mask in zip(rows, outputs.logprobs.double().cpu(), chosen.response_mask, strict=True):
-                result[row] = logprobs[mask].sum()
-        return result
+            yield (
+                rows,
+                forward(self._network, chosen, layout=self._layout, device=self._device, temperature=temperature),
+            )
 
     def memory(self) -> float:
         """Peak memory in GiB: of the GPU where there is one, else of the process."""

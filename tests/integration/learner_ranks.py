@@ -122,6 +122,7 @@ def run_lora(name: str, model: Path, output: Path) -> dict[str, Any]:
     # Unlike numbers of rows on the ranks, and none on the last.
     mine = sequences.select([0, 1, 2, 3, 4, 5, 6] if rank == 0 else [])
     reference = learner.reference_logprobs(mine)
+    answers = learner.reference_answer_logprobs(mine)
     metrics.append(learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2))
     trained = _weights(learner)
     logprobs = learner.logprobs(mine)
@@ -139,6 +140,7 @@ def run_lora(name: str, model: Path, output: Path) -> dict[str, Any]:
         "metrics": metrics,
         "resumed_equal": same,
         "reference_equal": torch.equal(reference, before[: len(reference)]),
+        "answers": answers.tolist(),
         "saved_bytes": sum(file.stat().st_size for file in (output / name / "saved").rglob("*.pt")),
     }
 

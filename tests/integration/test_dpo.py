@@ -79,6 +79,32 @@ def test_from_the_cache_is_the_same_bit_for_bit(
     assert again[-1]["evaluation/margin"] > 0.1
 
 
+def test_an_adapter_switched_off_is_the_reference(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a reference of its own, bit for bit, and so is a run that was stopped and resumed."""
+    lora: Any = {"policy": {"lora": {"rank": 4, "alpha": 16}, "workers": 2, "zero": 2}, "evaluation": {"every": 4}}
+    separate = run(
+        tiny_dpo(tmp_path, run="separate", cache=False, cache_dir=None, reference={"adapter_off": False}, **lora),
+        tmp_path,
+    )
+    assert separate[1]["reference/peak_memory_gib"] > 0.1
+    assert asked(separate) > 4
+
+    config = tiny_dpo(tmp_path, checkpoints={"every": 3}, **lora)
+    monkeypatch.setenv(VARIABLE, "committed:driver:0:5:raise")
+    with pytest.raises(RuntimeError, match="injected fault"):
+        run(config, tmp_path)
+    monkeypatch.delenv(VARIABLE)
+    rows = run(config, tmp_path, resume=True)
+    assert asked(rows) == 0
+    assert rows[1]["policy/peak_memory_gib"] > 0.1
+    assert comparable(rows) == comparable(separate)
+    assert weights_digest(tmp_path / "run", "dpo") == weights_digest(tmp_path / "separate", "dpo")
+    assert rows[0]["evaluation/loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert rows[-1]["evaluation/accuracy"] > 0.9
+
+
 def test_scored_pairs_and_samples_under_way(tmp_path: Path, cluster: Cluster) -> None:
     """The reward turns the preference around: the policy learns the data's rejected answers."""
     (tmp_path / "hates.py").write_text(
@@ -99,6 +125,7 @@ def test_scored_pairs_and_samples_under_way(tmp_path: Path, cluster: Cluster) ->
     assert pairs["kept"].all()
     assert pairs["rejected"].str.contains(" I hated it, and the").all()
     assert set(zip(pairs["chosen_score"], pairs["rejected_score"], strict=True)) == {(0.0, 1.0)}
+    assert (rows[0]["data/pairs_exchanged"], rows[0]["data/pairs_dropped"]) == (162, 0)
     # The held-out pairs are left as they are, so what was learnt is their opposite.
     assert rows[-1]["evaluation/accuracy"] < 0.1
     for row in (rows[0], rows[-1]):

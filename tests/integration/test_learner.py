@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_ray.config import schema
+from rlhf_ray.distributed.place import Place
+from rlhf_ray.workers.scorers import ReferenceScorer
 from tests.integration.learner_ranks import LORA_RUNS, RUNS, draw_sequences
 
 FLOAT32 = [name for name in RUNS if "bfloat16" not in name]
@@ -158,6 +161,17 @@ def test_adapters_resume_bit_for_bit_and_switch_off_to_the_base(
     assert [rank[name]["reference_equal"] for rank in pair] == [True, True]
     base = sum(file.stat().st_size for file in gpt2_directory.glob("*.safetensors"))
     assert pair[0][name]["saved_bytes"] < base / 2
+
+
+@pytest.mark.parametrize("name", list(LORA_RUNS))
+def test_the_references_answers_are_those_of_a_reference_scorer(
+    pair: list[dict[str, Any]], gpt2_directory: Path, name: str
+) -> None:
+    """Bit for bit, also where ranks without a row take part in gathering shards."""
+    config = schema.Reference(dtype="bfloat16" if "bfloat16" in name else "float32")
+    scorer = ReferenceScorer(Place("reference", 0, 1), config=config, model=str(gpt2_directory))
+    assert pair[0][name]["answers"] == scorer.answer_logprobs(draw_sequences(7)).tolist()
+    assert pair[1][name]["answers"] == []
 
 
 @pytest.mark.parametrize("name", list(LORA_RUNS))

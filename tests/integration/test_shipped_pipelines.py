@@ -168,6 +168,7 @@ def test_ppo_lora(tmp_path: Path, cluster: Cluster) -> None:
 
 
 def test_online_dpo(tmp_path: Path, cluster: Cluster) -> None:
+    """Each round samples the model of the round before, learns from just those pairs, and goes on from that model."""
     run = tmp_path / "run"
     rounds = [
         f"{name}_{number}.{change}"
@@ -175,6 +176,7 @@ def test_online_dpo(tmp_path: Path, cluster: Cluster) -> None:
         for name, change in (
             ("collect", "data.train.rows=32"),
             ("dpo", "epochs=1"),
+            ("dpo", "batch_size=8"),
             ("dpo", "evaluation.prompts=16"),
             ("dpo", "data.evaluation.rows=16"),
             ("dpo", f"cache_dir={tmp_path / 'cache'}"),
@@ -184,8 +186,24 @@ def test_online_dpo(tmp_path: Path, cluster: Cluster) -> None:
     stages = ["sft", "collect_1", "dpo_1", "collect_2", "dpo_2"]
     assert list(dict.fromkeys(row["stage"] for row in rows)) == stages
     first, second = (pandas.read_parquet(run / f"collect_{number}/data") for number in (1, 2))
-    assert 0 < len(first) <= 32
-    assert not first["chosen"].equals(second["chosen"])
+    steps = {stage: [row["iteration"] for row in rows if row["stage"] == stage] for stage in stages}
+    for pairs, name, sampled in ((first, "dpo_1", ("stage:sft", 40)), (second, "dpo_2", ("stage:dpo_1", 4))):
+        assert 24 < len(pairs) <= 32
+        assert (pairs["chosen_score"] > pairs["rejected_score"]).all()
+        assert set(zip(pairs["policy"], pairs["policy_version"], strict=True)) == {sampled}
+        assert steps[name] == [0, 1, 2, 3, 4]
+    # The same prompts with other seeds: four small steps alone would leave most responses as they were.
+    both = first.merge(second, on="prompt_id")
+    for side in ("chosen", "rejected"):
+        assert not set(first[f"{side}_seed"]) & set(second[f"{side}_seed"])
+        assert (both[f"{side}_x"] == both[f"{side}_y"]).mean() < 0.1
+    # Where the first round ended the second starts: the same seeds give the same samples.
+    ended, started = (
+        pandas.read_parquet(run / f"{stage}/evaluation/iteration_{step:06}.parquet")
+        for stage, step in (("dpo_1", 4), ("dpo_2", 0))
+    )
+    before = pandas.read_parquet(run / "dpo_1/evaluation/iteration_000000.parquet")
+    assert started["response"].tolist() == ended["response"].tolist() != before["response"].tolist()
     figures = judge(run)
     assert figures["prompts"] == 16
     assert figures["reward_before"] == pytest.approx(0, abs=0.5)

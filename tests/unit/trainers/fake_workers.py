@@ -59,6 +59,11 @@ def make_rollouts(
     )
 
 
+def answer_sums(sequences: Sequences) -> Tensor:
+    """Minus the sum of each answer's tokens, in hundredths."""
+    return -(sequences.tokens * sequences.response_mask).sum(1).float() / 100
+
+
 class FakeLearner:
     """Log-probabilities of -1 and values of 0.5 everywhere; every update adds 1 to its weights.
 
@@ -88,6 +93,10 @@ class FakeLearner:
         self.events.append((f"{self.name} reference_logprobs", temperature))
         return torch.where(sequences.response_mask, -1.25, 0.0)
 
+    def reference_answer_logprobs(self, sequences: Sequences) -> Tensor:
+        self.events.append((f"{self.name} reference_answer_logprobs", len(sequences)))
+        return answer_sums(sequences)
+
     def values(self, sequences: Sequences) -> Values:
         self.events.append((f"{self.name} values",))
         values = torch.where(sequences.response_mask, 0.5, 0.0)
@@ -111,7 +120,7 @@ class FakeLearner:
 
 
 class FakeReference:
-    """Log-probabilities of -1.25."""
+    """Log-probabilities of -1.25; answers have those of `answer_sums`."""
 
     def __init__(self, events: Events) -> None:
         self.events = events
@@ -119,6 +128,10 @@ class FakeReference:
     def logprobs(self, sequences: Sequences, temperature: float) -> Tensor:
         self.events.append(("reference logprobs", temperature))
         return torch.where(sequences.response_mask, -1.25, 0.0)
+
+    def answer_logprobs(self, sequences: Sequences) -> Tensor:
+        self.events.append(("reference", len(sequences)))
+        return answer_sums(sequences)
 
     def memory(self) -> float:
         return 0.5

@@ -13,7 +13,7 @@ import torch
 from rlhf_ray.algorithms.preference_losses import ChosenLoss, DpoLoss, IpoLoss, OrpoLoss, SimpoLoss
 from rlhf_ray.config import schema
 from rlhf_ray.config.rules import DPO_METRICS
-from rlhf_ray.data.batches import Sequences
+from rlhf_ray.data.pair_scores import PairScores, choose_pairs
 from rlhf_ray.data.preferences import PreferenceSet, load_preferences
 from rlhf_ray.data.reference_cache import ReferenceCache
 from rlhf_ray.distributed.groups import LocalGroup
@@ -39,16 +39,9 @@ from tests.unit.trainers.fake_workers import (
     FakeReference,
     FakeScorer,
     FakeSync,
+    answer_sums,
     stage_run,
 )
-
-
-class AnsweringReference(FakeReference):
-    """An answer has minus the sum of its tokens, in hundredths."""
-
-    def answer_logprobs(self, sequences: Sequences) -> torch.Tensor:
-        self.events.append(("reference", len(sequences)))
-        return -(sequences.tokens * sequences.response_mask).sum(1).float() / 100
 
 
 def settings(**changes: Any) -> schema.Dpo:
@@ -102,13 +95,13 @@ class Stage:
         self, *, cache: ReferenceCache | None = None, fails_at: int | None = None, run: str = "run"
     ) -> FakeLearner:
         learner = FakeLearner(self.events, fails_at=fails_at)
-        reference = self.group(AnsweringReference(self.events), "reference") if self.reference else None
+        reference = self.group(FakeReference(self.events), "reference") if self.reference else None
         groups = DpoGroups(self.group(learner, "policy"), reference, self.scorers)
         path = self.folder / run
         with RunFolder.open(path) if path.exists() else RunFolder.create(path, {"config.yaml": ""}) as folder:
             with stage_run(folder, self.config, total=self.config.steps or 0, recorder=self.recorder) as stage:
                 stage.start_or_resume(FakeParts(learner))
-                references = References(groups, cache)
+                references = References(groups, cache, needed=self.config.needs_reference)
                 train_dpo(self.config, groups, self.pairs, self.held_out, references, self.samples, stage)
         return learner
 
@@ -125,8 +118,7 @@ def test_the_reference_is_one_batch_ahead(tmp_path: Path) -> None:
     assert stage.events == [asked, asked, UPDATES[0], asked, UPDATES[1], UPDATES[2]]
     # The third batch is the first one of the second pass.
     assert learner.batch.pairs.ids == [0, 1]
-    tokens = learner.batch.pairs.chosen
-    wanted = -(tokens.tokens * tokens.response_mask).sum(1).float() / 100
+    wanted = answer_sums(learner.batch.pairs.chosen)
     assert torch.equal(learner.batch.reference_chosen, wanted)
     assert not torch.equal(learner.batch.reference_rejected, wanted)
 
@@ -139,6 +131,10 @@ def test_evaluations_ask_for_the_held_out_pairs_once(tmp_path: Path) -> None:
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
     assert ["evaluation/loss" in row for row in rows] == [True, False, True, True]
     assert rows[1]["policy/tokens"] == 2 * (4 + 5)
+    assert {role: rows[1][f"{role}/peak_memory_gib"] for role in ("policy", "reference")} == {
+        "policy": 1.5,
+        "reference": 0.5,
+    }
 
 
 def test_metrics_by_hand(tmp_path: Path) -> None:
@@ -167,6 +163,14 @@ def test_metrics_by_hand(tmp_path: Path) -> None:
     found = {name.removeprefix("evaluation/") for name in row if name.startswith("evaluation/")}
     # No chosen answer is the longer one here.
     assert found == set(DPO_METRICS) - {"accuracy_chosen_longer"}
+    kept = tmp_path / "run/dpo/evaluation"
+    assert sorted(path.name for path in kept.iterdir()) == [f"preferences_00000{step}.json" for step in (0, 2, 3)]
+    report = json.loads((kept / "preferences_000000.json").read_text())
+    assert {f"evaluation/{name}": value for name, value in report["metrics"].items()} == {
+        name: row[name] for name in row if name.startswith("evaluation/")
+    }
+    assert [(part["low"], part["high"], part["pairs"]) for part in report["by_length"]] == [(-1, -1, 3)]
+    assert sum(part["pairs"] for part in report["margins"]) == 3
 
 
 def test_what_was_asked_once_is_found(tmp_path: Path) -> None:
@@ -193,9 +197,8 @@ def test_only_the_pairs_of_the_steps_count(tmp_path: Path) -> None:
     stage = Stage(tmp_path, settings())
     with stage.cache() as cache:
         assert unknown_answers(stage.config, cache, stage.pairs, None, steps=1) == (4, 4)
-        References(DpoGroups(None, stage.group(AnsweringReference([]), "reference"), {}), cache).ask(  # type: ignore[arg-type]
-            stage.pairs.batch(0, 2)
-        ).result()
+        groups = DpoGroups(None, stage.group(FakeReference([]), "reference"), {})  # type: ignore[arg-type]
+        References(groups, cache, needed=True).ask(stage.pairs.batch(0, 2)).result()
         assert unknown_answers(stage.config, cache, stage.pairs, None, steps=1) == (0, 4)
         assert unknown_answers(stage.config, cache, stage.pairs, None, steps=9) == (4, 8)
 
@@ -203,11 +206,26 @@ def test_only_the_pairs_of_the_steps_count(tmp_path: Path) -> None:
 def test_an_answer_that_comes_twice_is_asked_for_once(tmp_path: Path) -> None:
     stage = Stage(tmp_path, settings())
     events: Events = []
-    groups = DpoGroups(None, stage.group(AnsweringReference(events), "reference"), {})  # type: ignore[arg-type]
+    groups = DpoGroups(None, stage.group(FakeReference(events), "reference"), {})  # type: ignore[arg-type]
     with stage.cache() as cache:
-        found = References(groups, cache).ask(stage.pairs.select([1, 1, 1])).result()
+        found = References(groups, cache, needed=True).ask(stage.pairs.select([1, 1, 1])).result()
     assert events == [("reference", 2)]
     assert len(set(found.reference_chosen.tolist())) == 1
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_without_a_reference_of_its_own_the_policy_answers(tmp_path: Path, cached: bool) -> None:
+    asked = Stage(tmp_path, settings()).train(run="separate")
+    stage = Stage(tmp_path, settings(), reference=False)
+    with stage.cache() as cache:
+        learner = stage.train(cache=cache if cached else None)
+        assert unknown_answers(stage.config, cache, stage.pairs, stage.held_out, steps=3) == (14 * (not cached), 14)
+    answers = [event for event in stage.events if event[0] == "policy reference_answer_logprobs"]
+    # The third step's batch is the first one again.
+    wanted = (6, 4, 4) if cached else (6, 4, 4, 4)
+    assert answers == [("policy reference_answer_logprobs", number) for number in wanted]
+    assert torch.equal(learner.batch.reference_chosen, asked.batch.reference_chosen)
+    assert torch.equal(learner.batch.reference_rejected, asked.batch.reference_rejected)
 
 
 @pytest.mark.parametrize("kind", ["simpo", "orpo"])
@@ -256,9 +274,25 @@ def test_samples_are_drawn_from_synced_weights_and_compared_with_the_reference(t
     assert rows[0]["evaluation/kl_k3"] == pytest.approx(2 * (exp(-0.25) - 0.75), rel=1e-5)
     assert rows[0]["evaluation/length_mean"] == 2
     assert rows[3]["sync/bytes"] == 8
+    peaks = {"policy": 1.5, "reference": 0.5, "generator": 2.5, "reward/function": 0.25}
+    assert {role: rows[1][f"{role}/peak_memory_gib"] for role in peaks} == peaks
     written = read_rollouts(tmp_path / "run/dpo/evaluation/iteration_000003.parquet")
     assert written.kl.tolist() == [0.5]
     assert written.scores.tolist() == [2 * 301.0]
+
+
+def test_samples_are_compared_with_the_policy_without_its_adapter(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, settings(generator={}), reference=False)
+    assert stage.held_out is not None
+    generator = FakeGenerator(stage.events)
+    weights: Any = FakeSync(stage.events, generator)
+    prompts = stage.held_out.prompts(2, byte_tokenizer())
+    stage.samples = Samples(stage.group(generator, "generator"), weights, prompts)
+    stage.train()
+    assert ("policy reference_logprobs", 1.0) in stage.events
+    row = read_metrics(tmp_path / "run")[-1]
+    assert row["evaluation/kl_k1"] == pytest.approx(0.5)
+    assert "reference/peak_memory_gib" not in row
 
 
 def test_samples_without_scorers_and_reference(tmp_path: Path) -> None:
@@ -291,6 +325,20 @@ def test_both_answers_of_every_pair_are_scored(tmp_path: Path, monkeypatch: pyte
     # Chosen answers of three pairs, then their rejected ones, are rows 0 to 5; then one pair more.
     assert found.chosen.tolist() == [10.0, 13.0, 16.0, 10.0]
     assert found.rejected.tolist() == [19.0, 22.0, 25.0, 13.0]
+
+
+def test_what_the_scores_did_is_recorded_before_the_first_step(tmp_path: Path) -> None:
+    reward = [{"kind": "function", "function": "a:b"}]
+    stage = Stage(tmp_path, settings(reward=reward, pairs={"relabel": True, "min_margin": 1}), held_out=False)
+    scores = PairScores(torch.tensor([2.0, 0.0, 0.5, 0.0]), torch.tensor([0.0, 3.0, 0.0, 1.0]))
+    data = schema.PreferenceData(train="x.jsonl", shuffle=False)
+    stage.pairs = choose_pairs(data, stage.pairs, scores, stage.config.pairs, seed=1)
+    stage.train()
+    before, *later = read_metrics(tmp_path / "run")
+    assert before["iteration"] == 0
+    counts = {"data/pairs_used": 3, "data/pairs_exchanged": 2, "data/pairs_dropped": 1}
+    assert {name: value for name, value in before.items() if name.startswith("data/")} == counts
+    assert not any(name.startswith("data/") for row in later for name in row)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from rlhf_ray.data.batches import Rollouts, make_sequences
 from rlhf_ray.distributed.tracing import Recorder, Span
 from rlhf_ray.errors import CheckpointError, ConfigError, DataError, Interrupted
 from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.model_card import write_model_card
 from rlhf_ray.trainers.run import RunFolder, StageRun, is_better, span_metrics
 from rlhf_ray.trainers.view import PlainView
 
@@ -154,6 +155,20 @@ def test_the_model_card(tmp_path):
     assert "prompts_per_iteration: 64" in body
     assert "sk-secret" not in card
     assert "time/" not in body
+
+
+@pytest.mark.parametrize(("kind", "words"), [("sigmoid", "by DPO on preferences"), ("orpo", "by ORPO on preferences")])
+def test_the_model_card_names_the_preference_loss(tmp_path, kind, words):
+    write_model_card(
+        tmp_path,
+        title="run: dpo",
+        method="dpo",
+        base_model="org/base",
+        settings={"loss": {"kind": kind}},
+        before={},
+        after={},
+    )
+    assert f"Trained with rlhf_ray {words} from `org/base`." in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("killed_in", [1, 2, 3, 4, 5, 6])

@@ -34,7 +34,7 @@ from rlhf_ray.workers.objectives import (
     PreferenceObjective,
     ValueObjective,
 )
-from rlhf_ray.workers.scorers import ModelScorer
+from rlhf_ray.workers.scorers import ModelScorer, ReferenceScorer
 
 SGD_LIKE = schema.Optimizer(learning_rate=1e-2, betas=(0.0, 0.0), eps=1.0)
 MakeLearner = Callable[..., Learner]
@@ -515,6 +515,25 @@ def test_an_adapter_learns_and_the_base_stays(make: MakeLearner, model_directory
     assert torch.equal(learner.reference_logprobs(sequences), wanted)
     assert torch.equal(learner.reference_logprobs(sequences, 2.0), base.logprobs(sequences, 2.0))
     assert torch.equal(named(learner), before)
+
+
+@pytest.mark.parametrize(("zero", "dtype"), [(0, "float32"), (3, "bfloat16")])
+def test_the_references_answers_are_those_of_a_reference_scorer(
+    make: MakeLearner, model_directory: Path, sequences: Sequences, zero: int, dtype: Any
+) -> None:
+    """Bit for bit on a CPU, however the rows are laid out for training and whatever stands beside them."""
+    reference = ReferenceScorer(
+        Place("reference", 0, 1), config=schema.Reference(dtype=dtype), model=str(model_directory)
+    )
+    wanted = reference.answer_logprobs(sequences)
+    for packing in (False, True):
+        learner = make(model=model_directory, lora=LORA, zero=zero, dtype=dtype, packing=packing)
+        assert torch.equal(learner.reference_answer_logprobs(sequences), wanted)
+        learn_adapter(learner, sequences, steps=2)
+        assert torch.equal(learner.reference_answer_logprobs(sequences), wanted)
+        assert torch.equal(learner.reference_answer_logprobs(sequences.select([4, 1])), wanted[[4, 1]])
+        learnt = learner.logprobs(sequences, 1.0).sum(1)
+        assert not torch.allclose(learnt, wanted, atol=1e-2)
 
 
 def named(learner: Learner) -> Tensor:

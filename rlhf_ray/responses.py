@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -20,7 +19,7 @@ from rlhf_ray.algorithms.masked import masked_row_sum
 from rlhf_ray.algorithms.preference_losses import preferred
 from rlhf_ray.data.batches import Rollouts
 from rlhf_ray.shapes import SequenceFloat
-from rlhf_ray.trainers.durable import write_file
+from rlhf_ray.trainers.durable import write_table
 from rlhf_ray.trainers.view import printable
 
 
@@ -113,7 +112,7 @@ def write_responses(path: Path, answered: Sequence[Responses]) -> None:
     logprob (of the response), seed, tokens (the response's ids).
     """
     tables = [_table(each) for each in answered]
-    write_file(path, lambda partial: pq.write_table(pa.concat_tables(tables), partial, compression="zstd"))
+    write_table(path, pa.concat_tables(tables))
 
 
 def _table(each: Responses) -> pa.Table:

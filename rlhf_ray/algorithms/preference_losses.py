@@ -84,22 +84,14 @@ class BradleyTerryLoss:
 
 
 @dataclass(frozen=True)
-class DpoLoss:
-    """The Bradley-Terry loss of the implicit rewards, beta * log(pi / pi_reference).
-
-    Args:
-        beta: how strongly the policy is held to the reference, above 0.
-        label_smoothing: share of the preferences taken to be the wrong way round, from 0 to below 1/2.
-    """
+class _ReferencedLoss:
+    """A loss of the policy's log-ratio to a reference."""
 
     beta: float
-    label_smoothing: float
     unit: ClassVar[Unit] = "pair"
 
     def __post_init__(self) -> None:
         _require_positive("beta", self.beta)
-        holds = 0 <= self.label_smoothing < 0.5
-        require(holds, "label_smoothing", self.label_smoothing, "a number from 0 to below 0.5")
 
     def rewards(
         self,
@@ -111,6 +103,23 @@ class DpoLoss:
     ) -> tuple[SequenceFloat, SequenceFloat]:
         """Implicit rewards [B] of the chosen and of the rejected answers: beta times the log-ratio to the reference."""
         return self.beta * (chosen.total - reference_chosen), self.beta * (rejected.total - reference_rejected)
+
+
+@dataclass(frozen=True)
+class DpoLoss(_ReferencedLoss):
+    """The Bradley-Terry loss of the implicit rewards, beta * log(pi / pi_reference).
+
+    Args:
+        beta: how strongly the policy is held to the reference, above 0.
+        label_smoothing: share of the preferences taken to be the wrong way round, from 0 to below 1/2.
+    """
+
+    label_smoothing: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        holds = 0 <= self.label_smoothing < 0.5
+        require(holds, "label_smoothing", self.label_smoothing, "a number from 0 to below 0.5")
 
     def __call__(
         self,
@@ -141,29 +150,12 @@ class DpoLoss:
 
 
 @dataclass(frozen=True)
-class IpoLoss:
+class IpoLoss(_ReferencedLoss):
     """A squared distance: chosen and rejected are to differ by 1 / (2 beta), and no further.
 
     Args:
         beta: how strongly the policy is held to the reference, above 0; the paper's tau.
     """
-
-    beta: float
-    unit: ClassVar[Unit] = "pair"
-
-    def __post_init__(self) -> None:
-        _require_positive("beta", self.beta)
-
-    def rewards(
-        self,
-        chosen: AnswerLogprobs,
-        rejected: AnswerLogprobs,
-        *,
-        reference_chosen: SequenceFloat,
-        reference_rejected: SequenceFloat,
-    ) -> tuple[SequenceFloat, SequenceFloat]:
-        """Implicit rewards [B] of the chosen and of the rejected answers: beta times the log-ratio to the reference."""
-        return self.beta * (chosen.total - reference_chosen), self.beta * (rejected.total - reference_rejected)
 
     def __call__(
         self,

@@ -3,15 +3,18 @@
     <folder>/<key of the reference>/<SHA-256 of the rows>.parquet      columns: answer (32 bytes), logprob (float32)
 
 The key says which weights answered, and how; an answer is found by the SHA-256 of its tokens and of which of them
-count. So another pass, run or beta finds what is there, and nothing that was computed otherwise. Files are written
+count. So another pass, run or beta finds what is there, and nothing that was computed otherwise (on a GPU, where an
+answer's last bits depend on the rows beside it, they are those of the first time). Files are written
 beside their name and renamed, and never change: any number of runs may share a folder.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
@@ -37,8 +40,13 @@ def cache_folder(setting: str | None) -> Path:
 
 
 def reference_key(parts: Mapping[str, str]) -> str:
-    """SHA-256 of everything that decides a reference's log-probabilities: the digest of its weights, their type, ..."""
-    lines = [f"format: {_FORMAT}", *(f"{name}: {value}" for name, value in sorted(parts.items()))]
+    """SHA-256 of what decides a reference's log-probabilities: the parts, and the libraries that compute them.
+
+    Args:
+        parts: the digest of its weights, their type, the kind of device.
+    """
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    lines = [f"format: {_FORMAT}", *(f"{name}: {value}" for name, value in sorted((libraries | dict(parts)).items()))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -51,6 +59,19 @@ def answer_digests(sequences: Sequences) -> list[bytes]:
         hashlib.sha256(row[:length].tobytes() + np.packbits(counts[:length]).tobytes()).digest()
         for row, counts, length in zip(tokens, mask, lengths, strict=True)
     ]
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a cache's folder where it is not there; ConfigError where that cannot be, or it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("it cannot be written to")
+    except OSError as error:
+        raise ConfigError(
+            f"cache_dir: the folder {folder} cannot be used: {error.strerror or error}; choose another, or set cache "
+            "to false"
+        ) from error
 
 
 class ReferenceCache:
@@ -70,15 +91,7 @@ class ReferenceCache:
         self._message = message
         self._known: dict[bytes, float] = {}
         self._new: dict[bytes, float] = {}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK | os.X_OK):
-                raise PermissionError("it cannot be written to")
-        except OSError as error:
-            raise ConfigError(
-                f"cache_dir: the folder {self.folder} cannot be used: {error.strerror or error}; choose another, or "
-                "set cache to false"
-            ) from error
+        make_folder(self.folder)
         for path in sorted(self.folder.glob("*.parquet")):
             self._read(path)
 
@@ -104,7 +117,7 @@ class ReferenceCache:
         """Takes what the reference said; written now and then, and at the end."""
         found = dict(zip(digests, logprobs.tolist(), strict=True))
         self._known |= found
-        self._new |= found
+        self._new |= {answer: logprob for answer, logprob in found.items() if math.isfinite(logprob)}
         if len(self._new) >= ROWS_PER_FILE:
             self.write()
 

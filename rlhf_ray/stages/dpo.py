@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-
-import pyarrow.parquet as pq
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.pair_scores import choose_pairs, pair_table, read_scores
-from rlhf_ray.data.reference_cache import ReferenceCache, cache_folder, reference_key
+from rlhf_ray.data.reference_cache import ReferenceCache, cache_folder, make_folder, reference_key
 from rlhf_ray.distributed.groups import RayGroup
 from rlhf_ray.distributed.placement import RoleRequest
 from rlhf_ray.models.digests import model_digest
 from rlhf_ray.stages.actors import Actors, generator_request, learner_request, reference_request, scorer_requests
 from rlhf_ray.stages.site import LearnerParts, Site, StageData
 from rlhf_ray.trainers.dpo import DpoGroups, References, Samples, score_pairs, train_dpo, unknown_answers
-from rlhf_ray.trainers.durable import write_file
+from rlhf_ray.trainers.durable import write_table
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.sft import total_steps
 from rlhf_ray.trainers.weight_sync import WeightSync
@@ -31,6 +28,8 @@ def run_dpo(site: Site, stage: schema.Dpo) -> None:
     """Trains the policy, or goes on with it, to the stage's model."""
     model = site.initial_model(stage)
     data = site.data(stage, model)
+    if stage.needs_reference and stage.cache:
+        make_folder(cache_folder(stage.cache_dir))
     if stage.scores_pairs:
         data = _scored(site, stage, data, model)
     total = total_steps(stage, data.train)
@@ -93,7 +92,7 @@ def _scored(site: Site, stage: schema.Dpo, data: StageData, model: str) -> Stage
             actors.wait()
             scores = score_pairs(stage, scorers, data.train, data.tokenizer)
         table = pair_table(data.train, scores, stage.pairs, data.tokenizer)
-        write_file(path, partial(pq.write_table, table, compression="zstd"))
+        write_table(path, table)
     pairs = choose_pairs(stage.data, data.train, read_scores(path), stage.pairs, seed=site.config.seed)
     return replace(data, train=pairs)
 

@@ -12,9 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from rlhf_ray.algorithms.selection import draw_rows, effective_sample_size, pairs_by_margin, tilted_weights
 from rlhf_ray.config import schema
 from rlhf_ray.data.arrow import PARTS
@@ -26,7 +23,7 @@ from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.distributed.groups import WorkerGroup
 from rlhf_ray.errors import CheckpointError, DataError
 from rlhf_ray.shapes import SequenceFloat
-from rlhf_ray.trainers.durable import write_file
+from rlhf_ray.trainers.durable import write_table
 from rlhf_ray.trainers.evaluation import score_rollouts, worker_metrics
 from rlhf_ray.trainers.metrics import rollout_metrics
 from rlhf_ray.trainers.run import StageRun
@@ -142,7 +139,7 @@ def collect(
             table = pair_table(samples, chosen.pairs, texts)
         else:
             table = text_table(samples, chosen.rows, texts, extra=chosen.extra)
-        write_part(folder / part_name(iteration), table)
+        write_table(folder / part_name(iteration), table)
         counts = {"samples": len(rollouts), "kept": len(table), "responses": len(texts), "changed": changed}
         counts |= chosen.dropped
         tally.counts.update(counts)
@@ -244,15 +241,6 @@ def _choose_of_prompt(
     found.extra["weight"].extend(float(weights[i]) for i in drawn)
     found.extra["ess"].extend(effective for _ in drawn)
     return None
-
-
-def write_part(path: Path, table: pa.Table) -> None:
-    """Writes one batch's rows, whole or not at all; also where there are none."""
-
-    def write(partial: Path) -> None:
-        pq.write_table(table, partial, compression="zstd")
-
-    write_file(path, write)
 
 
 def part_name(iteration: int) -> str:

@@ -10,6 +10,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 
@@ -28,6 +31,11 @@ def sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync_path(path)
     sync_path(folder)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Writes a Parquet file."""
+    write_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf_ray.data.batches import Rollouts, Sequences, pad_rows
 from rlhf_ray.errors import CheckpointError
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
-from rlhf_ray.trainers.durable import write_file
+from rlhf_ray.trainers.durable import write_table
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,7 @@ def write_rollouts(
         "response_mask": _lists(sequences.response_mask, lengths, pa.bool_()),
         "generator_logprobs": _lists(rollouts.generator_logprobs, lengths, pa.float32()),
     }
-    table = pa.table(columns)
-
-    def write(partial: Path) -> None:
-        pq.write_table(table, partial, compression="zstd")
-
-    write_file(path, write)
+    write_table(path, pa.table(columns))
 
 
 def read_rollouts(path: Path) -> JournalEntry:

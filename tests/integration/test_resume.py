@@ -29,12 +29,15 @@ class Setup:
 
 
 def six_iterations(folder: Path, *, name: str, setup: Setup) -> Pipeline:
-    """PPO with two learners of each kind, two generators, and everything that has a state: schedule, KL controller."""
+    """PPO with two learners of each kind, two generators, and everything that has a state: schedule, KL controller.
+
+    With an adapter one of each: the learners' own test stops and resumes two ranks with adapters.
+    """
     learner = {"workers": 2, "zero": setup.zero}
     policy = {"optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 3}}
     with_critic: dict[str, Any] = {"policy": learner | policy, "critic": learner}
     with_adapter: dict[str, Any] = {
-        "policy": learner | policy | {"lora": {"rank": 2, "dropout": 0.1}},
+        "policy": {"zero": setup.zero, "lora": {"rank": 2, "dropout": 0.1}} | policy,
         "advantages": {"estimator": "leave_one_out"},
         "sampling": {"samples_per_prompt": 2},
     }
@@ -43,7 +46,7 @@ def six_iterations(folder: Path, *, name: str, setup: Setup) -> Pipeline:
         run=name,
         iterations=6,
         **with_adapter if setup.lora else with_critic,
-        generator={"workers": 2},
+        generator={"workers": 1 if setup.lora else 2},
         kl={"controller": "adaptive", "target": 0.5, "coefficient": 0.05, "horizon": 100},
         evaluation={"every": 2},
         checkpoints={"every": 3},

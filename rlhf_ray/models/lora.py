@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -278,9 +279,9 @@ def check_four_bits(where: str) -> None:
 
 
 def _layers(network: nn.Module) -> dict[str, Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    # Before peft is there no layer has an adapter, and its import would cost every learner seconds.
+    peft = sys.modules.get("peft.tuners.lora")
+    return {n: m for n, m in network.named_modules() if isinstance(m, peft.LoraLayer)} if peft else {}
 
 
 def _ends(layer: str, name: str) -> bool:

@@ -1,6 +1,7 @@
 """Adapters in a model: against peft's own loading, merging and switching off."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,12 @@ def test_four_bits_need_bitsandbytes_and_a_gpu(monkeypatch: pytest.MonkeyPatch) 
         check_four_bits("policy.lora.quantise")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     check_four_bits("policy.lora.quantise")
+
+
+def test_a_model_without_an_adapter_does_not_import_peft(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_causal_lm(str(model_directory))
+    monkeypatch.delitem(sys.modules, "peft.tuners.lora")
+    assert set(named_weights(model)) >= {name for name, _ in model.named_parameters()}
+    assert "peft.tuners.lora" not in sys.modules

@@ -15,12 +15,13 @@ LAYERS = [
     ("workers",),
     ("trainers",),
     ("stages", "pipeline", "plan", "inference", "responses"),
+    ("bench", "report"),
     ("cli", "options", "doctor", "submit", "__main__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 OWNERS = {
-    "vllm": {"engines/vllm_generation.py", "engines/vllm_worker_extension.py"},
-    "deepspeed": {"engines/deepspeed_training.py"},
+    "vllm": {"engines/vllm_generation.py", "engines/vllm_worker_extension.py", "bench/bare_vllm.py"},
+    "deepspeed": {"engines/deepspeed_training.py", "bench/bare_training.py"},
     "ray": {path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "distributed").glob("*.py")},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

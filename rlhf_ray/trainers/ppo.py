@@ -84,7 +84,7 @@ def train_ppo(
         losses = update(config, groups, experience, kl.coefficient, iteration)
         metrics = rollout_metrics(rollouts, scores, parts) | experience_metrics(experience, rollouts) | summary.metrics
         metrics["kl/coefficient"] = kl.coefficient
-        metrics["generator/policy_version_lag"] = iteration - 1 - rollouts.policy_version
+        metrics["generator/policy_version_lag"] = float((iteration - 1 - rollouts.oldest_versions()).max())
         if summary.kl_per_sequence is not None:
             kl.update(float(summary.kl_per_sequence.mean()), len(rollouts))
         metrics |= losses | weights.sync(version=iteration)

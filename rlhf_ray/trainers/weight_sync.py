@@ -110,9 +110,9 @@ class WeightSync:
             return
         row, position = divmod(int(difference.argmax()), difference.shape[1])
         raise WeightSyncError(
-            f"samples of version {rollouts.policy_version}: generator and learner differ by {mean:.2g} nats in the "
-            f"mean (limit {self._limits.mean:g}) and {largest:.2g} at most (limit {self._limits.max:g}); worst is "
-            f"token {position} of row {row} (prompt {int(rollouts.prompt_ids[row])}), id "
+            f"samples of version {int(rollouts.oldest_versions()[row])}: generator and learner differ by {mean:.2g} "
+            f"nats in the mean (limit {self._limits.mean:g}) and {largest:.2g} at most (limit {self._limits.max:g}); "
+            f"worst is token {position} of row {row} (prompt {int(rollouts.prompt_ids[row])}), id "
             f"{int(rollouts.sequences.tokens[row, position])}: log-probability "
             f"{float(rollouts.generator_logprobs[row, position]):.4f}, the learner's "
             f"{float(logprobs[row, position]):.4f}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Prompts, Rollouts, Sequences, make_sequences
+from rlhf_ray.data.batches import Prompts, Rollouts, Sequences, make_sequences, one_version
 from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.ppo import PpoGroups
@@ -55,7 +55,7 @@ def make_rollouts(
         responses=[f"a b {length}" for length in lengths],
         answers=[None] * len(lengths),
         prompt_ids=torch.tensor(ids or list(range(len(lengths)))),
-        policy_version=version,
+        policy_versions=one_version(sequences, version),
     )
 
 
@@ -164,7 +164,7 @@ class FakeScorer:
         self.first = first
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        return self.first + torch.arange(float(len(rollouts))) + 100.0 * rollouts.policy_version
+        return self.first + torch.arange(float(len(rollouts))) + 100.0 * rollouts.oldest_versions()
 
     def memory(self) -> float:
         return 0.25
@@ -186,7 +186,7 @@ class FakeSync:
         return {"sync/bytes": 8.0}
 
     def check_rollouts(self, rollouts: Rollouts, logprobs: Tensor) -> None:
-        self.events.append(("check rollouts", rollouts.policy_version, float(logprobs.min())))
+        self.events.append(("check rollouts", int(rollouts.oldest_versions()[0]), float(logprobs.min())))
 
 
 class FakePrompts:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Experience, Rollouts, make_sequences
+from rlhf_ray.data.batches import Experience, Rollouts, make_sequences, one_version
 from rlhf_ray.errors import InstallError
 from rlhf_ray.trainers.metrics import (
     MetricLog,
@@ -40,7 +40,7 @@ def rollouts() -> Rollouts:
         responses=["x y x y", "x y"],
         answers=[None, None],
         prompt_ids=torch.tensor([0, 1]),
-        policy_version=0,
+        policy_versions=one_version(sequences, 0),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
-from rlhf_ray.data.batches import Experience, Rollouts
+from rlhf_ray.data.batches import Experience, Rollouts, one_version
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.journal import read_rollouts
 from rlhf_ray.trainers.metrics import read_metrics
@@ -190,7 +190,7 @@ def corrected(**changes: Any) -> tuple[Experience, Summary]:
         responses=TWO.responses,
         answers=TWO.answers,
         prompt_ids=TWO.prompt_ids,
-        policy_version=0,
+        policy_versions=one_version(TWO.sequences, 0),
     )
     config = ppo_settings(**changes)
     return make_experience(config, rollouts, SCORES, REFERENCE, OLD, VALUES, coefficient=0.1)

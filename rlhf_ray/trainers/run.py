@@ -652,7 +652,8 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 
 
 # Calls that pass over an iteration's tokens; the policy's rate is that of learning, not of its log-probabilities.
-_RATED = ("generate", "score", "logprobs", "answer_logprobs", "update")
+_GENERATE = ("generate", "start", "next_finished")
+_RATED = (*_GENERATE, "score", "logprobs", "answer_logprobs", "update")
 _NO_RATE = (("policy", "logprobs"),)
 
 
@@ -674,7 +675,7 @@ def span_metrics(spans: list[Span], *, wall_s: float, tokens: Mapping[str, float
             continue
         name = f"time/{phase_name(role, method)}_s"
         metrics[name] = metrics.get(name, 0.0) + seconds
-        count = tokens.get("response" if method == "generate" else "all", 0.0)
+        count = tokens.get("response" if method in _GENERATE else "all", 0.0)
         if count and seconds > 0 and (role, method) not in _NO_RATE and method in _RATED:
             metrics[f"{role}/tokens_per_s"] = count / seconds
     workers: dict[str, set[int]] = {}
@@ -687,7 +688,7 @@ def span_metrics(spans: list[Span], *, wall_s: float, tokens: Mapping[str, float
 
 def phase_name(role: str, method: str) -> str:
     """`generate` for the generators' sampling, else role and method: `policy_update`."""
-    return method if method == "generate" else f"{role}_{method}".replace("/", "_")
+    return "generate" if method in _GENERATE else f"{role}_{method}".replace("/", "_")
 
 
 class _StopRequest:

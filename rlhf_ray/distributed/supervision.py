@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from rlhf_ray.distributed.work import Work
 from rlhf_ray.errors import RlhfRayError, UserError, WorkerError
 
 _LAST_LINES = 20
@@ -40,12 +41,23 @@ class Failure:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a worker's host answers; start and end are Unix seconds of the worker's clock."""
+    """What a worker's host answers.
+
+    Args:
+        value: the result; None where the call failed.
+        failure: what it failed of.
+        start: Unix seconds of the worker's clock.
+        end: likewise.
+        cpu_s: CPU seconds of the worker's process meanwhile.
+        work: how much there was to do.
+    """
 
     value: Any
     failure: Failure | None
     start: float
     end: float
+    cpu_s: float
+    work: Work
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class SampleStream:
             streams = streams or size < rows
             for taken in range(0, rows, max(size, 1)):
                 count = min(size, rows - taken)
-                chunks.append(self._generator.one(rank, Generator.next_finished, iteration, count))
+                chunks.append(self._generator.one(rank, Generator.next_finished, iteration=iteration, count=count))
                 first_rows.append(prompts.start * sampling.samples_per_prompt)
         return _UnderWay(started, chunks, first_rows, streams)
 

@@ -58,14 +58,14 @@ def six_iterations(folder: Path, *, name: str, setup: Setup) -> Pipeline:
 
 
 AHEAD = Setup(2, staleness=1)
-SETUPS = {
-    "ZeRO-0, judged in pieces": Setup(0, chunk_samples=2),
-    "ZeRO-2, one step ahead": AHEAD,
-    "ZeRO-2, adapter": Setup(2, lora=True),
-}
+SETUPS = [
+    pytest.param(Setup(0, chunk_samples=2), id="ZeRO-0, judged in pieces", marks=pytest.mark.slow),
+    pytest.param(AHEAD, id="ZeRO-2, one step ahead"),
+    pytest.param(Setup(2, lora=True, chunk_samples=6), id="ZeRO-2, adapter, judged in pieces"),
+]
 
 
-@pytest.fixture(scope="module", params=SETUPS.values(), ids=SETUPS.keys())
+@pytest.fixture(scope="module", params=SETUPS)
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cluster: Cluster
 ) -> tuple[Setup, Path]:

@@ -29,7 +29,7 @@ README = (REPOSITORY / "README.md").read_text()
 # The tables and sentences without the blocks of code.
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 SPANS = re.findall(r"`([^`\n]+)`", PROSE)
-FILES_OF_A_RUN = {"config.yaml", "metrics.jsonl"}
+FILES_OF_A_RUN = {"config.yaml", "metrics.jsonl", "trace.json"}
 
 
 def blocks(language: str) -> list[str]:
@@ -93,7 +93,7 @@ def test_a_command_works(
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert "is not a folder" in capsys.readouterr().err
-    elif arguments[0] in ("generate", "evaluate"):
+    elif arguments[0] in ("generate", "evaluate", "report"):
         # tests/integration/test_quickstart.py runs these for real; here the only mistake is that there is no such run.
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2

@@ -139,7 +139,8 @@ class Rollouts(Batch):
         responses: B response texts, special tokens and stop strings removed.
         answers: B expected answers.
         prompt_ids: [B] row numbers of the prompts.
-        policy_version: number of completed iterations behind the weights that sampled.
+        policy_versions: [B, T] number of completed iterations behind the weights that sampled each token; 0 outside
+            response_mask.
     """
 
     sequences: Sequences
@@ -149,7 +150,12 @@ class Rollouts(Batch):
     responses: list[str]
     answers: list[Any]
     prompt_ids: SequenceInt
-    policy_version: int
+    policy_versions: TokenIds
+
+    def oldest_versions(self) -> SequenceInt:
+        """[B] the policy version of each response's first token: weights only ever get newer; 0 without a response."""
+        first = self.sequences.response_mask.int().argmax(1, keepdim=True)
+        return self.policy_versions.gather(1, first)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,11 @@ class ReferencedPairs(Batch):
     pairs: PreferencePairs
     reference_chosen: SequenceFloat
     reference_rejected: SequenceFloat
+
+
+def one_version(sequences: Sequences, version: int) -> TokenIds:
+    """[B, T] `policy_versions` of responses that one version of the policy sampled."""
+    return sequences.response_mask.long() * version
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> TokenIds:

@@ -1,4 +1,4 @@
-"""Groups of workers and their verbs: split, all, first.
+"""Groups of workers and their verbs: split, all, one, first.
 
 A method is named by a reference to the function (`Learner.update`), so the type checker sees its arguments:
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
 
 import ray
@@ -23,11 +23,11 @@ from torch.nn.functional import pad
 
 from rlhf_ray.data.batches import Batch
 from rlhf_ray.distributed.place import Place
-from rlhf_ray.distributed.supervision import Call, Reply, wait
+from rlhf_ray.distributed.supervision import Call, Reply, as_they_come, wait
 from rlhf_ray.distributed.tracing import Recorder, Span
 from rlhf_ray.distributed.work import work_of
 
-__all__ = ["LocalGroup", "Pending", "Place", "RayGroup", "WorkerGroup", "cut", "gather", "merge", "shares"]
+__all__ = ["LocalGroup", "Pending", "Place", "RayGroup", "WorkerGroup", "arrivals", "cut", "gather", "merge", "shares"]
 
 T = TypeVar("T")
 T1 = TypeVar("T1")
@@ -107,6 +107,31 @@ def gather(*pending: Pending[Any]) -> tuple[Any, ...]:
     return tuple(item.result() for item in pending)
 
 
+def arrivals(*pending: Pending[T]) -> Iterator[tuple[int, T]]:
+    """(number of the argument, its result) in the order of arrival; the first failure anywhere is raised at once.
+
+    Deadlines count from one arrival to the next.
+    """
+    calls = [list(item.calls()) for item in pending]
+    try:
+        for number, item in enumerate(pending):
+            if not calls[number]:
+                yield number, item.result()
+        owners = [(number, place) for number, own in enumerate(calls) for place in range(len(own))]
+        replies: dict[tuple[int, int], Reply] = {}
+        for index, reply in as_they_come([call for own in calls for call in own]):
+            replies[owners[index]] = reply
+            number = owners[index][0]
+            wanted = [(number, place) for place in range(len(calls[number]))]
+            if all(owner in replies for owner in wanted):
+                pending[number].collect([replies.pop(owner) for owner in wanted])
+                yield number, pending[number].result()
+    except BaseException:
+        for item in pending:
+            item.abandon()
+        raise
+
+
 class WorkerGroup(Protocol[W_co]):
     """The workers of one role, called together."""
 
@@ -139,6 +164,11 @@ class WorkerGroup(Protocol[W_co]):
 
     def all(self, method: Callable[Concatenate[W_co, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[list[R]]:
         """The same arguments to every worker; results in rank order. A batch is stored once and read by all."""
+
+    def one(
+        self, rank: int, method: Callable[Concatenate[W_co, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
+        """A call to one worker alone; a worker answers its calls in the order in which they were sent."""
 
     def first(self, method: Callable[Concatenate[W_co, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]:
         """A call to rank 0 alone."""
@@ -218,6 +248,12 @@ class LocalGroup(Generic[W]):
 
     def all(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[list[R]]:
         return Ready([self._call(method, *args, **kwargs)])
+
+    def one(
+        self, rank: int, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
+        assert rank == 0, f"{self.role}: no worker {rank}"
+        return Ready(self._call(method, *args, **kwargs))
 
     def first(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]:
         return Ready(self._call(method, *args, **kwargs))
@@ -354,10 +390,15 @@ class RayGroup(Generic[W]):
         # Each takes its share of the one batch.
         return self._pending(calls, list, iteration=_iteration(self._recorder, kwargs), share=self.size)
 
-    def first(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]:
-        calls = [self._call(0, method, *args, **kwargs)]
+    def one(
+        self, rank: int, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
+        calls = [self._call(rank, method, *args, **kwargs)]
         iteration = _iteration(self._recorder, kwargs)
         return self._pending(calls, lambda results: cast(R, results[0]), iteration=iteration)
+
+    def first(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]:
+        return self.one(0, method, *args, **kwargs)
 
     def close(self) -> None:
         release, self._release = self._release, None

@@ -27,7 +27,11 @@ def work_of(arguments: Sequence[Any], result: Any) -> Work:
     """The work of one call; costs some microseconds, and never reads padding."""
     results = result if isinstance(result, list) else [result]
     nbytes = sum(item.nbytes for item in results if isinstance(item, SentWeights | ReceivedWeights))
-    sampled = [int(item.sequences.response_mask.sum()) for item in results if isinstance(item, Rollouts)]
+    sampled = [
+        int(rollouts.sequences.response_mask.sum())
+        for rollouts in (getattr(item, "rollouts", item) for item in results)
+        if isinstance(rollouts, Rollouts)
+    ]
     if sampled:
         return Work(sum(sampled), nbytes)
     given = next((argument for argument in arguments if isinstance(argument, Batch)), None)

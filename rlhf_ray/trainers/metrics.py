@@ -63,28 +63,34 @@ def rollout_metrics(
     return metrics | {f"reward/{name}_mean": float(part.double().mean()) for name, part in (parts or {}).items()}
 
 
-def experience_metrics(experience: Experience, rollouts: Rollouts) -> dict[str, float]:
+def experience_metrics(experience: Experience, rollouts: Rollouts, *, version: int) -> dict[str, float]:
     """Differences between the networks over a batch's response tokens.
+
+    Args:
+        version: of the learner's weights, before the update.
 
     Returns:
         `kl/per_sequence` in nats (k1 summed over a response, mean over sequences), `kl/k1`, `kl/k2`, `kl/k3` per token;
-        `generator/logprob_diff_mean` and `_max`, the absolute difference between generator and learner;
+        `generator/logprob_diff_mean` and `_max`, the absolute difference between generator and learner, of the tokens
+        that were sampled with the learner's weights, where there are any;
         `advantage/mean`, `advantage/std`; and, where there is a critic, `critic/explained_variance` and
         `critic/value_mean`.
     """
     mask = experience.sequences.response_mask
     old, reference = experience.old_logprobs.double(), experience.reference_logprobs.double()
-    difference = torch.where(mask, (old - rollouts.generator_logprobs.double()).abs(), 0.0)
+    own = mask & (rollouts.policy_versions == version)
     advantages = experience.advantages.double()
     advantage_mean = masked_mean(advantages, mask)
     metrics = {
         "kl/per_sequence": float(masked_row_sum(kl.k1(old, reference), mask).mean()),
         **{f"kl/{name}": float(masked_mean(kl.estimator(name)(old, reference), mask)) for name in ("k1", "k2", "k3")},
-        "generator/logprob_diff_mean": float(masked_mean(difference, mask)),
-        "generator/logprob_diff_max": float(difference.max()),
         "advantage/mean": float(advantage_mean),
         "advantage/std": math.sqrt(float(masked_mean((advantages - advantage_mean).square(), mask))),
     }
+    if bool(own.any()):
+        difference = torch.where(own, (old - rollouts.generator_logprobs.double()).abs(), 0.0)
+        metrics["generator/logprob_diff_mean"] = float(masked_mean(difference, own))
+        metrics["generator/logprob_diff_max"] = float(difference.max())
     values, returns = experience.values.double(), experience.returns.double()
     if bool((returns != 0).logical_and(mask).any()) or bool((values != 0).logical_and(mask).any()):
         metrics["critic/explained_variance"] = float(explained_variance(values, returns, mask))

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Rollouts, make_sequences
+from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.distributed.tracing import Recorder, Span
 from rlhf_ray.errors import CheckpointError, ConfigError, DataError, Interrupted
 from rlhf_ray.trainers.metric_rows import read_metrics
@@ -64,7 +64,7 @@ def rollouts(iteration: int, ids=(0, 1)) -> Rollouts:
         responses=[f"response {i} of {iteration}" for i in ids],
         answers=[None] * len(ids),
         prompt_ids=torch.tensor(ids),
-        policy_version=max(iteration - 1, 0),
+        policy_versions=one_version(sequences, max(iteration - 1, 0)),
     )
 
 

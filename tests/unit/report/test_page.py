@@ -111,7 +111,7 @@ def test_the_timeline_has_the_last_attempt_of_each_iteration(tmp_path):
     assert (start["label"], start["rows"], start["calls"]) == (
         "start",
         ["generator"],
-        [[0, "build", 0.0, 3.0, 0, 0, 0, 0]],
+        [[0, "start", 0.0, 3.0, 0, 0, 0, 0]],
     )
     assert (first["label"], first["seconds"], first["idle"]) == ("1", 10.0, 0.1)
     assert first["rows"] == ["generator", "policy 0", "policy 1"]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_ray.models.attention import rows_of
+
 Head: TypeAlias = Literal["none", "value", "both", "score"]
 NetworkOutput: TypeAlias = tuple[Tensor | None, Tensor | None]
 
@@ -41,7 +43,13 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, position_ids: Tensor, keep: Tensor) -> NetworkOutput:
         """Logits only."""
         # Packing needs exactly this: no attention mask and no cache, else rows of a pack see each other.
-        output = self.language_model(input_ids=tokens, position_ids=position_ids, logits_to_keep=keep, use_cache=False)
+        output = self.language_model(
+            input_ids=tokens,
+            position_ids=position_ids,
+            logits_to_keep=keep,
+            use_cache=False,
+            **rows_of(self.language_model, position_ids),
+        )
         return output.logits, None
 
 
@@ -55,7 +63,9 @@ class ValueModel(nn.Module):
 
     def forward(self, tokens: Tensor, position_ids: Tensor, keep: Tensor) -> NetworkOutput:
         """Values only."""
-        output = self.trunk(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        output = self.trunk(
+            input_ids=tokens, position_ids=position_ids, use_cache=False, **rows_of(self.trunk, position_ids)
+        )
         return None, self.value_head(output.last_hidden_state)
 
 
@@ -75,6 +85,7 @@ class PolicyWithValueHead(nn.Module):
             logits_to_keep=keep,
             use_cache=False,
             output_hidden_states=True,
+            **rows_of(self.language_model, position_ids),
         )
         return output.logits, self.value_head(output.hidden_states[-1])
 
@@ -88,7 +99,9 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens: Tensor, position_ids: Tensor, keep: Tensor) -> NetworkOutput:
         """Values only: the score that a row would have if it ended with this token."""
-        output = self.classifier.base_model(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        output = self.classifier.base_model(
+            input_ids=tokens, position_ids=position_ids, use_cache=False, **rows_of(self.classifier, position_ids)
+        )
         scores: Tensor = self.classifier.score(output.last_hidden_state).squeeze(-1)
         return None, scores.to(torch.promote_types(scores.dtype, torch.float32))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.schema import PreferenceData, PromptData, TextData
-from rlhf_ray.data.batches import Rollouts, make_sequences
+from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.data.collected import Samples, check_form, pair_table, text_table, written_texts
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.preferences import load_preferences
@@ -47,7 +47,7 @@ def sampled(prompts: PromptSet, responses: Sequence[Sequence[int]]) -> Samples:
         responses=texts,
         answers=[None] * len(rows),
         prompt_ids=torch.tensor([batch.ids[row] for row in rows]),
-        policy_version=0,
+        policy_versions=one_version(sequences, 0),
     )
     scores = torch.arange(float(len(rows)))
     return Samples(

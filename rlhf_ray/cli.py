@@ -351,7 +351,7 @@ def report_command(
 ) -> None:
     """Write one HTML page about a run, or several runs side by side: curves, timeline, memory, samples, settings."""
     with exit_codes():
-        _check_target("--output", output, ".html")
+        check_target("--output", output, ".html")
         from rlhf_ray.report.page import FILE, write_report
 
         page = output or run_dirs[0] / FILE

@@ -47,18 +47,25 @@
     for (const series of chart.series) {
       const color = several ? data.runs[series.run].color : COLORS[series.place % COLORS.length];
       const label = several ? `${data.runs[series.run].name}, ${series.label}` : series.label;
-      if (series.spread.length) {
+      if (series.spread.length && !several) {
         const side = (sign) => series.y.map((y, i) => (y === null ? null : y + sign * (series.spread[i] || 0)));
         const edge = { x: series.x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
         found.push({ ...edge, y: side(-1) });
-        found.push({ ...edge, y: side(1), fill: "tonexty", fillcolor: translucent(color, several ? 0.07 : 0.13) });
+        found.push({ ...edge, y: side(1), fill: "tonexty", fillcolor: translucent(color, 0.13) });
       }
       found.push({
         x: series.x, y: series.y, name: plain(label), type: "scatter",
         mode: series.sparse || series.x.length < 3 ? "lines+markers" : "lines",
         line: { color, width: 2.2, dash: several ? DASHES[series.place % DASHES.length] : "solid" },
-        marker: { size: 6.5, color }, connectgaps: true,
+        marker: { size: 6.5, color }, connectgaps: true, showlegend: !several,
       });
+    }
+    if (several) {
+      // Colours are the runs', so the legend explains the dashes alone.
+      for (const { label, place } of new Map(chart.series.map((series) => [series.label, series])).values()) {
+        const line = { color: variable("--soft"), width: 2.2, dash: DASHES[place % DASHES.length] };
+        found.push({ x: [null], y: [null], name: plain(label), type: "scatter", mode: "lines", line });
+      }
     }
     return found;
   }

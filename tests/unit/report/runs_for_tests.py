@@ -13,6 +13,7 @@ from rlhf_ray.distributed.tracing import DRIVER, Span
 from rlhf_ray.trainers.journal import write_rollouts
 from rlhf_ray.trainers.trace import TraceFile
 
+HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"></div></script>"
 SETTINGS = {
     "run_dir": "runs/small",
     "stages": [{"name": "sft", "method": "sft"}, {"name": "ppo", "method": "ppo", "kl": {"target": 6.0}}],

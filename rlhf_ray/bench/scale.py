@@ -73,7 +73,7 @@ def _fine_tuning(settings: Settings, small: Path) -> list[Figure]:
 
 def _ppo(settings: Settings, model: Path) -> list[Figure]:
     (settings.folder / "scale_rewards.py").write_text(REWARD)
-    prompts = write_prompts(settings.folder / "prompts.jsonl", 512)
+    prompts = write_prompts(settings.folder / "prompts.jsonl", workload.prompts(512))
 
     def samples(name: str, work: Work) -> tuple[Course, Cost]:
         settings.say(f"PPO, {name}")

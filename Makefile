@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/quickstart
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install quickstart test unit integration check format gpu-test clean help
+.PHONY: install quickstart test unit integration slow-test check format gpu-test clean help
 
 help:
 	@sed -n '1,2p' Makefile
@@ -39,6 +39,9 @@ unit: install
 
 integration: install
 	$(BIN)/python -m pytest tests/integration
+
+slow-test: install
+	$(BIN)/python -m pytest -m slow
 
 gpu-test: install
 	$(BIN)/python -m pytest tests/gpu

@@ -53,10 +53,14 @@ def six_iterations(folder: Path, *, name: str, setup: Setup) -> Pipeline:
     )
 
 
-SETUPS = {"ZeRO-0": Setup(0), "ZeRO-2": Setup(2), "ZeRO-2, adapter": Setup(2, lora=True)}
+SETUPS = [
+    pytest.param(Setup(0), id="ZeRO-0", marks=pytest.mark.slow),
+    pytest.param(Setup(2), id="ZeRO-2"),
+    pytest.param(Setup(2, lora=True), id="ZeRO-2, adapter"),
+]
 
 
-@pytest.fixture(scope="module", params=SETUPS.values(), ids=SETUPS.keys())
+@pytest.fixture(scope="module", params=SETUPS)
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cluster: Cluster
 ) -> tuple[Setup, Path]:

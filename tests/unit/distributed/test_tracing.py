@@ -76,7 +76,7 @@ def rollouts(**changes: object) -> Rollouts:
         "responses": ["c", "d"],
         "answers": [None, None],
         "prompt_ids": torch.tensor([0, 1]),
-        "policy_version": 0,
+        "policy_versions": torch.zeros(2, 5, dtype=torch.long),
     }
     return Rollouts(**(values | changes))  # type: ignore[arg-type]
 

@@ -63,14 +63,15 @@ def local_ray() -> Cluster:
     return Cluster("local", start_timeout_s=_START_TIMEOUT_S)
 
 
-def run(stage: Mapping[str, Any], folder: Path) -> Course:
+def run(stage: Mapping[str, Any], folder: Path, *, transport: str = "auto") -> Course:
     """Runs a pipeline of one stage in this process and watches it.
 
     Args:
         stage: settings as in a pipeline file; nothing is evaluated, and no checkpoint is kept before the end.
         folder: for the run; there must be none in it. A reward function's module lies beside it.
+        transport: how weights travel.
     """
-    placement = {"start_timeout_s": _START_TIMEOUT_S, "call_timeout_s": _CALL_TIMEOUT_S}
+    placement = {"start_timeout_s": _START_TIMEOUT_S, "call_timeout_s": _CALL_TIMEOUT_S, "transport": transport}
     stages = [{"evaluation": {"every": 0}, "checkpoints": {"every": 0}, **stage}]
     config = schema.Pipeline.model_validate({"run_dir": str(folder), "placement": placement, "stages": stages})
     ends: list[tuple[float, float]] = []
@@ -104,9 +105,9 @@ def _watch(metrics: Path, ends: list[tuple[float, float]], done: threading.Event
         ends.extend([(now, spent)] * (content.count(b"\n") - len(ends)))
 
 
-def write_prompts(path: Path, count: int) -> Path:
-    """Prompts of the workload as JSON lines; gives the path, as the others do."""
-    return _write(path, ({"prompt": workload.text(prompt)} for prompt in workload.prompts(count)))
+def write_prompts(path: Path, prompts: Iterable[list[int]]) -> Path:
+    """Prompts as JSON lines; gives the path, as the others do."""
+    return _write(path, ({"prompt": workload.text(prompt)} for prompt in prompts))
 
 
 def write_texts(path: Path, count: int) -> Path:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.bench import end_to_end, workload
 from rlhf_ray.bench.bare_training import BareTraining, Dtype
@@ -140,6 +142,7 @@ class Floors:
 def measure(settings: Settings) -> list[Figure]:
     """All figures; the main ones alone where it has to be quick."""
     model = workload.save_model(settings.folder / "model")
+    save_reward_model(model, settings.folder / "reward_model")
     end_to_end.write_prompts(settings.folder / "prompts.jsonl", workload.prompts(16 * SAMPLES))
     (settings.folder / "bench_rewards.py").write_text(_REWARD)
     with end_to_end.local_ray() as cluster:
@@ -174,6 +177,14 @@ def _against_the_floors(
         figures.append(alone("ppo/driver_cpu_share", shares, unit=unit, at_most=0.05))
         figures.append(alone("ppo/ray_cpu_share", [it.cpu_s["ray"] / it.wall_s for it in found], unit=unit))
     return figures, found
+
+
+def save_reward_model(model: Path, directory: Path) -> Path:
+    """Writes a reward model of the same size with a random head; gives its directory."""
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(model, num_labels=1).save_pretrained(directory)
+    workload.tokenizer().save_pretrained(directory)
+    return directory
 
 
 def _batches(settings: Settings, model: Path, natural: Sequence[Iteration]) -> list[Figure]:
@@ -244,7 +255,7 @@ def stage(
         "critic": typed,
         "reference": typed,
         "generator": typed,
-        "reward": [{"kind": "model", "model": str(model), **typed}],
+        "reward": [{"kind": "model", "model": str(settings.folder / "reward_model"), **typed}],
         "sampling": {"max_new_tokens": 128, **(sampling or {})},
         "data": {"train": str(settings.folder / "prompts.jsonl")},
     }

@@ -117,7 +117,7 @@ def digest(tensor: Tensor) -> int:
     rows and columns of the tensor's words, weighted by position: exact, whatever the order of summation.
     """
     data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-    sums = position_sums(data) if data.is_cuda else [xxhash.xxh3_64_intdigest(memoryview(data.numpy()))]
+    sums = position_sums(data) if data.is_cuda else [xxhash.xxh3_64_intdigest(data.numpy().data)]
     text = json.dumps([*sums, list(tensor.shape), _dtype_name(tensor.dtype)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 

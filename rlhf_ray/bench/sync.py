@@ -21,7 +21,7 @@ from rlhf_ray.bench.workload import Size, save_model
 from rlhf_ray.config import schema
 from rlhf_ray.distributed.groups import RayGroup, gather
 from rlhf_ray.distributed.placement import Cluster, RoleRequest
-from rlhf_ray.distributed.tracing import Recorder
+from rlhf_ray.distributed.tracing import DRIVER, Recorder
 from rlhf_ray.distributed.transports import ReceivedWeights, TransportSpec
 from rlhf_ray.engines.vllm_generation import engine_environment
 from rlhf_ray.trainers.weight_sync import WeightSync
@@ -151,7 +151,7 @@ def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
             one.append((seconds[1], floor_s))
             two.append((seconds[_GENERATORS], seconds[1]))
             probes.append(probe_s)
-            calls.append(len(site.recorder.drain()))
+            calls.append(sum(span.role != DRIVER for span in site.recorder.drain()))
     return [
         from_pairs(f"sync/end_to_end/{size}", one, unit="s", at_most=1.25),
         from_pairs(f"sync/generators/2_1/{size}", two, unit="s", at_most=1.3),

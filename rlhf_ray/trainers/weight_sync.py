@@ -113,16 +113,24 @@ class WeightSync:
         self._spec = spec
         return sent[0]
 
-    def check_rollouts(self, rollouts: Rollouts, logprobs: TokenFloat) -> None:
-        """Raises WeightSyncError, with the worst token, where log-probabilities [B, T] are not the learner's."""
-        mask = rollouts.sequences.response_mask
+    def check_rollouts(self, rollouts: Rollouts, logprobs: TokenFloat, *, version: int) -> dict[str, float]:
+        """Compares the samples' log-probabilities with the learner's [B, T] of `version` of the weights.
+
+        Only tokens that were sampled with that version say something; their share is `generator/attested_share`.
+
+        Raises:
+            WeightSyncError: they are not the learner's; names the worst token.
+        """
+        response = rollouts.sequences.response_mask
+        mask = response & (rollouts.policy_versions == version)
+        share = {"generator/attested_share": float(mask.sum() / response.sum().clamp(min=1))}
         difference = ((rollouts.generator_logprobs - logprobs).abs() * mask).nan_to_num(nan=torch.inf)
         mean, largest = float(difference.sum() / mask.sum().clamp(min=1)), float(difference.max())
         if mean <= self._limits.mean and largest <= self._limits.max:
-            return
+            return share
         row, position = divmod(int(difference.argmax()), difference.shape[1])
         raise WeightSyncError(
-            f"samples of version {rollouts.policy_version}: generator and learner differ by {mean:.2g} nats in the "
+            f"samples of version {version}: generator and learner differ by {mean:.2g} nats in the "
             f"mean (limit {self._limits.mean:g}) and {largest:.2g} at most (limit {self._limits.max:g}); worst is "
             f"token {position} of row {row} (prompt {int(rollouts.prompt_ids[row])}), id "
             f"{int(rollouts.sequences.tokens[row, position])}: log-probability "

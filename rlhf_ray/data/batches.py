@@ -27,6 +27,10 @@ class Batch:
     def _values(self) -> list[Any]:
         return [getattr(self, field.name) for field in fields(self)]
 
+    def token_count(self) -> int:
+        """Real tokens of its rows, padding not counted; 0 where it holds no sequences."""
+        return sum(value.token_count() for value in self._values() if isinstance(value, Batch))
+
     def select(self, rows: Sequence[int]) -> Self:
         """The given rows, in the given order; all T positions are kept."""
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -96,6 +100,9 @@ class Prompts(Batch):
     ids: list[int]
     repeats: list[int]
 
+    def token_count(self) -> int:
+        return sum(map(len, self.token_ids))
+
 
 @dataclass(frozen=True)
 class Sequences(Batch):
@@ -114,6 +121,9 @@ class Sequences(Batch):
     def lengths(self) -> SequenceInt:
         """[B] real tokens of each row."""
         return self.attention_mask.sum(1)
+
+    def token_count(self) -> int:
+        return int(self.attention_mask.sum())
 
 
 @dataclass(frozen=True)

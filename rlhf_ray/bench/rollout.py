@@ -140,8 +140,8 @@ def _prefix_cache(group: WorkerGroup[Contestants], *, repeats: int) -> Figure:
         )
 
     runs = _in_turn(group, {"on": way(cached=True), "off": way(cached=False)}, repeats)
-    pairs = [(on.per_second, off.per_second) for on, off in zip(runs["on"], runs["off"], strict=True)]
-    return from_pairs("rollout/prefix_cache", pairs, unit="tokens/s", at_least=1.5)
+    pairs = [(on.per_cpu_second, off.per_cpu_second) for on, off in zip(runs["on"], runs["off"], strict=True)]
+    return from_pairs("rollout/prefix_cache", pairs, unit="tokens/CPU-s", at_least=1.5)
 
 
 def _in_turn(

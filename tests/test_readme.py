@@ -15,6 +15,8 @@ import torch
 from pyarrow import Table, parquet
 
 from rlhf_ray import errors
+from rlhf_ray.bench.figures import Figure
+from rlhf_ray.bench.suite import Outcome
 from rlhf_ray.cli import main
 from rlhf_ray.config.describe import METHODS, Setting, list_settings
 from rlhf_ray.config.load import load_pipeline
@@ -29,7 +31,7 @@ README = (REPOSITORY / "README.md").read_text()
 # The tables and sentences without the blocks of code.
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 SPANS = re.findall(r"`([^`\n]+)`", PROSE)
-FILES_OF_A_RUN = {"config.yaml", "metrics.jsonl"}
+FILES_OF_A_RUN = {"config.yaml", "metrics.jsonl", "trace.json"}
 
 
 def blocks(language: str) -> list[str]:
@@ -93,11 +95,16 @@ def test_a_command_works(
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert "is not a folder" in capsys.readouterr().err
-    elif arguments[0] in ("generate", "evaluate"):
+    elif arguments[0] in ("generate", "evaluate", "report"):
         # tests/integration/test_quickstart.py runs these for real; here the only mistake is that there is no such run.
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert arguments[1] in capsys.readouterr().err
+    elif arguments[0] == "bench":
+        # tests/integration/test_bench.py measures for real.
+        held = Outcome("learn", figures=(Figure("learn/tokens", 1.0, "s"),))
+        monkeypatch.setattr("rlhf_ray.bench.suite.run_benchmark", lambda name, **settings: held)
+        assert exit_code(*arguments) == 0
     else:
         assert exit_code(*arguments) == 0
 

@@ -18,7 +18,7 @@ from rlhf_ray.bench.figures import Cost, cpu_seconds
 from rlhf_ray.config import schema
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.pipeline import run_pipeline
-from rlhf_ray.trainers.metrics import FILE, read_metrics
+from rlhf_ray.trainers.metric_rows import FILE, read_metrics
 
 _LOOK_S = 0.02
 _START_TIMEOUT_S = 240.0

@@ -19,7 +19,7 @@ SAMPLES = 32
 LENGTH = 64
 STEPS = 4
 FIRST = 2
-ROLES = ("policy", "critic", "reference", "generator")
+LARGE_BATCH = 128
 REWARD = '''
 def length(prompts, responses, answers):
     """Share of the longest response."""
@@ -49,25 +49,25 @@ def measure(settings: Settings) -> list[Figure]:
 
 
 def _fine_tuning(settings: Settings, small: Path) -> list[Figure]:
-    largest = 2 if settings.quick else 4
-    texts = write_texts(settings.folder / "texts.jsonl", 32 * largest * STEPS)
+    texts = write_texts(settings.folder / "texts.jsonl", LARGE_BATCH * STEPS)
 
     def tokens(name: str, model: Path, **changes: int) -> Cost:
         settings.say(f"fine-tuning, {name}")
-        course = fine_tune(model, texts, settings.folder / name, dtype="float32", steps=STEPS, **changes)
+        course = fine_tune(model, texts, settings.folder / f"sft_{name}", dtype="float32", steps=STEPS, **changes)
         return course.cost("policy/tokens", first=FIRST)
 
-    plain = tokens("sft_plain", small)
-    two = tokens("sft_two_workers", small, workers=2)
-    large = tokens("sft_large_batch", small, batch_size=32 * largest)
-    unit = "tokens per CPU-second"
-    figures = [
-        from_pairs("scale/sft/workers/2", [(two.per_second, plain.per_second)], unit="tokens per second"),
-        from_pairs(f"scale/sft/batch/{32 * largest}", [(large.per_cpu_second, plain.per_cpu_second)], unit=unit),
-    ]
-    if not settings.quick:
-        medium = tokens("sft_model_m", workload.save_model(settings.folder / "model_m", "m"), batch_size=8)
-        figures.append(from_pairs("scale/sft/model/m", [(medium.per_cpu_second, plain.per_cpu_second)], unit=unit))
+    plain = tokens("plain", small)
+    two = tokens("two_workers", small, workers=2)
+    figures = [from_pairs("scale/sft/workers/2", [(two.per_second, plain.per_second)], unit="tokens per second")]
+    if settings.quick:
+        return figures
+    changed = {
+        f"batch/{LARGE_BATCH}": tokens("large_batch", small, batch_size=LARGE_BATCH),
+        "model/m": tokens("model_m", workload.save_model(settings.folder / "model_m", "m"), batch_size=8),
+    }
+    for name, cost in changed.items():
+        pair = (cost.per_cpu_second, plain.per_cpu_second)
+        figures.append(from_pairs(f"scale/sft/{name}", [pair], unit="tokens per CPU-second"))
     return figures
 
 
@@ -77,23 +77,21 @@ def _ppo(settings: Settings, model: Path) -> list[Figure]:
 
     def samples(name: str, work: Work) -> tuple[Course, Cost]:
         settings.say(f"PPO, {name}")
-        course = run(_stage(model, prompts, work), settings.folder / name)
+        course = run(_stage(model, prompts, work), settings.folder / f"ppo_{name.replace('/', '_')}")
         rows = [{**row, "samples": work.samples} for row in course.rows]
         return course, Course(rows, course.ends).cost("samples", first=FIRST)
 
-    course, plain = samples("ppo_plain", PLAIN)
+    course, plain = samples("plain", PLAIN)
     memory = course.peak_memory_gib()
-    figures = [alone(f"scale/memory/{role}", [memory[role]], unit="GiB") for role in ROLES if role in memory]
-    _, two = samples("ppo_two_workers", Work(workers=2))
-    figures.append(from_pairs("scale/ppo/workers/2", [(two.per_second, plain.per_second)], unit="samples per second"))
+    figures = [alone(f"scale/memory/{role}", [most], unit="GiB") for role, most in memory.items()]
     changes = {"samples_per_prompt/8": Work(samples_per_prompt=8)}
     if not settings.quick:
-        changes |= {
-            f"length/{2 * LENGTH}": Work(length=2 * LENGTH),
-            f"batch/{4 * SAMPLES}": Work(samples=4 * SAMPLES),
-        }
+        _, two = samples("two_workers", Work(workers=2))
+        pair = (two.per_second, plain.per_second)
+        figures.append(from_pairs("scale/ppo/workers/2", [pair], unit="samples per second"))
+        changes |= {f"length/{2 * LENGTH}": Work(length=2 * LENGTH), f"batch/{4 * SAMPLES}": Work(samples=4 * SAMPLES)}
     for name, work in changes.items():
-        _, changed = samples(f"ppo_{name.replace('/', '_')}", work)
+        _, changed = samples(name, work)
         pair = (changed.per_cpu_second, plain.per_cpu_second)
         figures.append(from_pairs(f"scale/ppo/{name}", [pair], unit="samples per CPU-second"))
     return figures

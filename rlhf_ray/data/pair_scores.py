@@ -83,7 +83,8 @@ def pair_table(
     keep, exchange = decide(scores, settings)
     texts = [
         (pairs.prompt_text(row, tokenizer), *(str(tokenizer.decode(a, skip_special_tokens=True)) for a in answers))
-        for row, pair in enumerate(pairs.pairs)
+        for row in range(len(pairs))
+        for pair in [pairs.pairs[row]]
         for answers in [(pair.chosen.tolist(), pair.rejected.tolist())]
     ]
     columns = {name: pa.array([row[i] for row in texts], pa.string()) for i, name in enumerate(_TEXTS)}

@@ -10,10 +10,9 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,13 +25,9 @@ from rlhf_ray.data.batches import Experience, Rollouts
 from rlhf_ray.errors import InstallError
 from rlhf_ray.shapes import SequenceFloat
 from rlhf_ray.trainers.durable import write_file
+from rlhf_ray.trainers.metric_rows import FILE, metric_rows
 
 Number = int | float
-FILE = "metrics.jsonl"
-
-_log = logging.getLogger(__name__)
-
-
 # Computing
 
 
@@ -207,12 +202,6 @@ def as_number(name: str, value: Any) -> Number:
     return number
 
 
-def read_metrics(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in order, of one stage or of all; none where there is no file."""
-    rows = (row for _, row in _rows(run_dir / FILE))
-    return [row for row in rows if stage is None or row["stage"] == stage]
-
-
 def check_tracking(tracking: schema.Tracking) -> None:
     """InstallError where a tracker is asked for whose library is missing; to be called before anything is started."""
     if tracking.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -226,26 +215,15 @@ def _no_wandb() -> InstallError:
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line with its row; lines that are no row are skipped (a kill can tear the last one)."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                yield line.rstrip("\n") + "\n", {**row, "stage": str(row["stage"]), "iteration": int(row["iteration"])}
-            except (ValueError, TypeError, KeyError):
-                _log.warning("%s:%d: not a row of metrics, skipped", path, number)
-
-
 def _drop_rows_after(path: Path, stage: str, iteration: int) -> None:
     if not path.exists():
         return
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as file:
-            file.writelines(line for line, row in _rows(path) if row["stage"] != stage or row["iteration"] <= iteration)
+            file.writelines(
+                line for line, row in metric_rows(path) if row["stage"] != stage or row["iteration"] <= iteration
+            )
 
     write_file(path, write)
 

@@ -63,8 +63,9 @@ from rlhf_ray.trainers.checkpoints import (
 )
 from rlhf_ray.trainers.durable import recover_folder, remove_folder, write_folder, write_text
 from rlhf_ray.trainers.journal import read_rollouts, write_rollouts
-from rlhf_ray.trainers.metrics import FILE as METRICS
-from rlhf_ray.trainers.metrics import MetricLog, Number, read_metrics
+from rlhf_ray.trainers.metric_rows import FILE as METRICS
+from rlhf_ray.trainers.metric_rows import read_metrics
+from rlhf_ray.trainers.metrics import MetricLog, Number
 from rlhf_ray.trainers.model_card import write_model_card
 from rlhf_ray.trainers.preference_report import PreferenceReport, report_tables, write_report
 from rlhf_ray.trainers.timing import Stopwatch, span_metrics

@@ -14,7 +14,7 @@ from rlhf_ray.config.load import dump_pipeline
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.distributed.faults import VARIABLE
 from rlhf_ray.distributed.placement import Cluster
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from tests.integration.tiny_runs import comparable, run, tiny_ppo, weights_digest
 
 ROOT = Path(__file__).parents[2]

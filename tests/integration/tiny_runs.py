@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_ray.config import schema
 from rlhf_ray.pipeline import run_pipeline
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from tests.tiny_models import TEXTS, make_llama
 
 REWARDS = '''

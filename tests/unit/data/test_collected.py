@@ -94,7 +94,8 @@ def test_preferences_have_the_sampled_tokens(name: str, tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pair_table(samples, [(1, 0)], written), tmp_path / "part_000001.parquet")
     data = PreferenceData.model_validate({"train": str(tmp_path), "columns": {"margin": "margin"}})
     read = load_preferences(data, tokenizer, seed=1, sources="train")
-    (pair,) = read.pairs
+    assert len(read) == 1
+    pair = read.pairs[0]
     assert pair.prompt.tolist() == prompts.tokens[0].tolist()
     assert [pair.chosen.tolist(), pair.rejected.tolist()] == [responses[1], responses[0]]
     assert pair.margin == 1.0
@@ -110,8 +111,8 @@ def test_texts_have_the_sampled_tokens(name: str, tmp_path: Path) -> None:
     table = text_table(samples, [1, 0, 1], written, extra={})
     pyarrow.parquet.write_table(table, tmp_path / "part_000001.parquet")
     data = TextData.model_validate({"train": str(tmp_path)})
-    read = load_texts(data, tokenizer, seed=1, sources="train")
-    assert [tokens.tolist() for tokens in read.tokens] == [
+    read = load_texts(data, tokenizer, seed=1, sources="train").all()
+    assert [row[mask].tolist() for row, mask in zip(read.tokens, read.attention_mask, strict=True)] == [
         [*prompts.tokens[0].tolist(), *responses[row]] for row in (1, 0, 1)
     ]
 

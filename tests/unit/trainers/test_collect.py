@@ -31,7 +31,7 @@ from rlhf_ray.trainers.collect import (
     collect,
     summary,
 )
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.run import RunFolder
 from rlhf_ray.workers.generator import sample_seeds
 from tests.unit.data.tokenizers_for_tests import byte_tokenizer

@@ -10,12 +10,12 @@ import torch
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Experience, Rollouts, make_sequences, one_version
 from rlhf_ray.errors import InstallError
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.metrics import (
     MetricLog,
     check_tracking,
     distinct_bigram_share,
     experience_metrics,
-    read_metrics,
     rollout_metrics,
 )
 

@@ -15,7 +15,7 @@ from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Experience, Rollouts, one_version
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.journal import read_rollouts
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.ppo import (
     PpoGroups,
     Summary,

@@ -13,7 +13,7 @@ from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.distributed.tracing import Recorder, Span
 from rlhf_ray.errors import CheckpointError, ConfigError, DataError, Interrupted
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.model_card import write_model_card
 from rlhf_ray.trainers.run import RunFolder, StageRun, is_better
 from rlhf_ray.trainers.view import PlainView

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,18 +156,16 @@ def child_environment() -> dict[str, str]:
 
 
 def end(process_id: int) -> None:
-    """Ends a process and all that it started; says nothing where it is gone."""
+    """Ends a process and all that it started, and waits for these; says nothing where it is gone."""
     try:
         leader = psutil.Process(process_id)
-        family = [*leader.children(recursive=True), leader]
+        below = leader.children(recursive=True)
     except psutil.NoSuchProcess:
         return
-    for process in family:
-        try:
+    for process in [leader, *below]:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=_GONE_S)
+    psutil.wait_procs(below, timeout=_GONE_S)
 
 
 def _tail(log: Path) -> str:

@@ -641,7 +641,7 @@ class Sft(Section):
     """Sequences per optimizer step, over all workers."""
     packing: StrictBool | None = None
     """Put several sequences in one row, without attention between them; off: rows of similar length side by side.
-    Unset: on where there is a GPU; on a CPU side by side is faster."""
+    Unset: on where the architecture allows it."""
     dropout: StrictBool = False
     """Keep the model's dropout switched on while training."""
     evaluation: TextEvaluation = TextEvaluation()
@@ -793,7 +793,7 @@ class Dpo(Section):
     """Pairs per optimizer step, over all workers."""
     packing: StrictBool | None = None
     """Put several answers in one row, without attention between them; off: rows of similar length side by side.
-    Unset: on where there is a GPU; on a CPU side by side is faster."""
+    Unset: on where the architecture allows it."""
     dropout: StrictBool = False
     """Keep the model's dropout switched on while training."""
     loss: PreferenceLoss = PreferenceLoss()

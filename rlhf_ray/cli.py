@@ -1,4 +1,4 @@
-"""The command line: `rlhf-ray run | resume | check | settings | evaluate | generate | doctor | bench`.
+"""The command line: `rlhf-ray run | resume | check | settings | evaluate | generate | report | bench | doctor`.
 
 Exit codes: 0 done, 1 an error, 2 a mistake in the user's input, 130 after Ctrl-C, 143 after SIGTERM.
 torch and Ray are imported only once a pipeline file is found right.
@@ -337,6 +337,26 @@ def generate_command(
         show(show_scores(answered))
         if output is not None:
             show(f"all responses: {output}")
+
+
+@app.command("report")
+def report_command(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs, done or not.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to write the page; report.html in the first run's folder by default."),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run, or several runs side by side: curves, timeline, memory, samples, settings."""
+    with exit_codes():
+        check_target("--output", output, ".html")
+        from rlhf_ray.report.page import FILE, write_report
+
+        page = output or run_dirs[0] / FILE
+        write_report(run_dirs, page)
+        print(page)
 
 
 @app.command("doctor")

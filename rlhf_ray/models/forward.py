@@ -1,31 +1,27 @@
 """From rows to log-probabilities, entropies and values, without padding reaching a result.
 
-Rows go through the network packed (one long row, told apart by position ids), or side by side, filled up on
-the right, where a causal network cannot see it. Side by side, rows of similar length are the faster way with
-plain attention, which spends its time on the zeros between packed rows as well.
+Rows go through the network packed, as one long row without any padding, where its attention can tell them
+apart (attention.py); else side by side, filled up on the right, where a causal network cannot see it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
-from rlhf_ray.algorithms.logprobs import token_logprobs, token_logprobs_and_entropy
+from rlhf_ray.algorithms.logprobs import Entropy
 from rlhf_ray.data.batches import Sequences
 from rlhf_ray.data.packing import pack, plan_micro_batches
 from rlhf_ray.models.heads import NetworkOutput
 from rlhf_ray.shapes import SequenceFloat, TokenFloat, TokenMask
 
 Layout: TypeAlias = Literal["packed", "padded"]
-Entropy: TypeAlias = Literal["off", "reported", "trained"]
-RunNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor], NetworkOutput]
+RunNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Entropy], NetworkOutput]
 
 
 @dataclass(frozen=True)
@@ -62,23 +58,12 @@ def forward(
         entropy: `reported` computes it without a gradient.
     """
     arranged = _packed(sequences, device) if layout == "packed" else _padded(sequences, device)
-    keep = arranged.kept_positions()
-    logits, values = run(arranged.tokens, arranged.position_ids, keep)
+    chosen, spread, values = run(arranged.tokens, arranged.position_ids, arranged.trained, temperature, entropy)
 
-    shape = sequences.tokens.shape
-    zeros = torch.zeros(shape, device=device)
-    logprobs, entropies = zeros, zeros
-    if logits is not None:
-        tokens, trained = arranged.tokens[:, keep], arranged.trained[:, keep]
-        if entropy == "off":
-            chosen, spread = token_logprobs(logits, tokens, temperature=temperature), None
-        else:
-            chosen, spread = token_logprobs_and_entropy(
-                logits, tokens, temperature=temperature, entropy_gradient=entropy == "trained"
-            )
-        mask = sequences.response_mask.to(device)
-        logprobs = _place(chosen[trained], mask)
-        entropies = zeros if spread is None else _place(spread[trained], mask)
+    zeros = torch.zeros(sequences.tokens.shape, device=device)
+    mask = sequences.response_mask.to(device)
+    logprobs = zeros if chosen is None else _place(chosen, mask)
+    entropies = zeros if spread is None else _place(spread, mask)
     if values is None:
         return Outputs(logprobs, entropies, zeros, zeros[:, 0])
     after = _place(values[arranged.real], sequences.attention_mask.to(device))
@@ -119,13 +104,6 @@ class _Arranged:
     real: Tensor
     trained: Tensor
 
-    def kept_positions(self) -> Tensor:
-        """[K] positions that need logits: trained tokens and the ones before them, so neighbours stay neighbours."""
-        trained = self.trained.any(0)
-        needed = trained | pad(trained, (0, 1))[1:]
-        needed[0] |= ~needed.any()
-        return needed.nonzero().squeeze(1)
-
 
 def _packed(sequences: Sequences, device: torch.device) -> _Arranged:
     packed = pack(sequences, range(len(sequences)))
@@ -151,27 +129,3 @@ def _padded(sequences: Sequences, device: torch.device) -> _Arranged:
 def _place(flat: Tensor, mask: Tensor) -> Tensor:
     """The values of the mask's tokens, in row order, at their places in [B, T]; 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
-
-
-@torch.no_grad()
-def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether two rows in one pack give the logits that they give alone, tried out on a few tokens."""
-    if "logits_to_keep" not in signature(model.forward).parameters:
-        return False
-    rows = [[1, 2, 3], [2, 3, 1, 1]]
-    vocabulary = model.config.get_text_config().vocab_size
-
-    def logits(tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        ids = torch.tensor([tokens], device=model.device) % vocabulary
-        found: Tensor = model(
-            input_ids=ids, position_ids=torch.tensor([positions], device=model.device), use_cache=False
-        ).logits[0]
-        return found.float()
-
-    try:
-        packed = logits(rows[0] + rows[1], [0, 1, 2, 0, 1, 2, 3])
-    except TypeError:
-        return False
-    alone = torch.cat([logits(row, range(len(row))) for row in rows])
-    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
-    return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())

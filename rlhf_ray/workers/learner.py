@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.language_losses import negative_log_likelihood
+from rlhf_ray.algorithms.logprobs import Entropy
 from rlhf_ray.algorithms.masked import unit_count
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Batch, Sequences
@@ -36,14 +37,13 @@ from rlhf_ray.distributed.transports import (
     this_endpoint,
 )
 from rlhf_ray.engines.deepspeed_training import TrainingEngine, join_process_group
+from rlhf_ray.models.attention import attend_by_rows
 from rlhf_ray.models.forward import (
-    Entropy,
     Layout,
     Outputs,
     answer_totals,
     forward,
     plan_answers,
-    supports_packing,
 )
 from rlhf_ray.models.heads import (
     Head,
@@ -101,8 +101,7 @@ class Learner:
         temperature: sampling temperature that log-probabilities speak of.
         tokenizer: directory or hub name of the tokenizer that is saved beside the model; None: the model's own.
         dropout: keep the model's dropout while training.
-        packing: rows end to end where the architecture allows it; off: rows of similar length side by side, which is
-            faster unless attention skips what lies between packed rows.
+        packing: rows end to end where the architecture allows it; off: rows of similar length side by side.
         timeout_s: deadline of a collective operation.
     """
 
@@ -138,9 +137,8 @@ class Learner:
             loaded = load_causal_lm(model, revision, config.dtype, in_4_bits=in_4_bits)
         check_vocabulary(model, loaded.config, self.tokenizer)
         self.device = join_process_group(rank=place.rank, size=place.size, timeout_s=timeout_s)
-        # Plain attention looks at a pack as a whole: on a CPU rows of similar length side by side are faster.
-        packs = self.device.type == "cuda" if packing is None else packing
-        self.layout: Layout = "packed" if packs and supports_packing(loaded) else "padded"
+        by_rows = attend_by_rows(loaded)
+        self.layout: Layout = "packed" if by_rows and packing is not False else "padded"
         if config.activation_checkpointing:
             loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not dropout:

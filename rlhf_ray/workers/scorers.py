@@ -11,12 +11,11 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Rollouts, Sequences, make_sequences, pad_rows
@@ -30,6 +29,9 @@ from rlhf_ray.models.heads import LanguageModel
 from rlhf_ray.models.loading import load_causal_lm, load_classifier, load_tokenizer
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.workers.reward_functions import load_function
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class RewardScorer(Protocol):

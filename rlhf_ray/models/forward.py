@@ -21,7 +21,7 @@ from rlhf_ray.models.heads import NetworkOutput
 from rlhf_ray.shapes import SequenceFloat, TokenFloat, TokenMask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 Layout: TypeAlias = Literal["packed", "padded"]
 RunNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Entropy], NetworkOutput]

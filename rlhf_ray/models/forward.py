@@ -17,15 +17,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from rlhf_ray.algorithms.logprobs import token_logprobs, token_logprobs_and_entropy
+from rlhf_ray.algorithms.logprobs import Entropy
 from rlhf_ray.data.batches import Sequences
 from rlhf_ray.data.packing import pack, plan_micro_batches
 from rlhf_ray.models.heads import NetworkOutput
 from rlhf_ray.shapes import SequenceFloat, TokenFloat, TokenMask
 
 Layout: TypeAlias = Literal["packed", "padded"]
-Entropy: TypeAlias = Literal["off", "reported", "trained"]
-RunNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor], NetworkOutput]
+RunNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Entropy], NetworkOutput]
 
 
 @dataclass(frozen=True)
@@ -62,23 +61,12 @@ def forward(
         entropy: `reported` computes it without a gradient.
     """
     arranged = _packed(sequences, device) if layout == "packed" else _padded(sequences, device)
-    keep = arranged.kept_positions()
-    logits, values = run(arranged.tokens, arranged.position_ids, keep)
+    chosen, spread, values = run(arranged.tokens, arranged.position_ids, arranged.trained, temperature, entropy)
 
-    shape = sequences.tokens.shape
-    zeros = torch.zeros(shape, device=device)
-    logprobs, entropies = zeros, zeros
-    if logits is not None:
-        tokens, trained = arranged.tokens[:, keep], arranged.trained[:, keep]
-        if entropy == "off":
-            chosen, spread = token_logprobs(logits, tokens, temperature=temperature), None
-        else:
-            chosen, spread = token_logprobs_and_entropy(
-                logits, tokens, temperature=temperature, entropy_gradient=entropy == "trained"
-            )
-        mask = sequences.response_mask.to(device)
-        logprobs = _place(chosen[trained], mask)
-        entropies = zeros if spread is None else _place(spread[trained], mask)
+    zeros = torch.zeros(sequences.tokens.shape, device=device)
+    mask = sequences.response_mask.to(device)
+    logprobs = zeros if chosen is None else _place(chosen, mask)
+    entropies = zeros if spread is None else _place(spread, mask)
     if values is None:
         return Outputs(logprobs, entropies, zeros, zeros[:, 0])
     after = _place(values[arranged.real], sequences.attention_mask.to(device))
@@ -118,13 +106,6 @@ class _Arranged:
     position_ids: Tensor
     real: Tensor
     trained: Tensor
-
-    def kept_positions(self) -> Tensor:
-        """[K] positions that need logits: trained tokens and the ones before them, so neighbours stay neighbours."""
-        trained = self.trained.any(0)
-        needed = trained | pad(trained, (0, 1))[1:]
-        needed[0] |= ~needed.any()
-        return needed.nonzero().squeeze(1)
 
 
 def _packed(sequences: Sequences, device: torch.device) -> _Arranged:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.language_losses import negative_log_likelihood
+from rlhf_ray.algorithms.logprobs import Entropy
 from rlhf_ray.algorithms.masked import unit_count
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Batch, Sequences
@@ -37,7 +38,6 @@ from rlhf_ray.distributed.transports import (
 )
 from rlhf_ray.engines.deepspeed_training import TrainingEngine, join_process_group
 from rlhf_ray.models.forward import (
-    Entropy,
     Layout,
     Outputs,
     answer_totals,

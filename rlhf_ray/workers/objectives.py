@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from rlhf_ray.algorithms.language_losses import negative_log_likelihood
+from rlhf_ray.algorithms.logprobs import Entropy
 from rlhf_ray.algorithms.masked import Unit
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss
 from rlhf_ray.algorithms.preference_losses import (
@@ -23,7 +24,7 @@ from rlhf_ray.algorithms.preference_losses import (
     answer_logprobs,
 )
 from rlhf_ray.data.batches import Batch, Experience, PreferencePairs, ReferencedPairs, Sequences
-from rlhf_ray.models.forward import Entropy, Outputs
+from rlhf_ray.models.forward import Outputs
 from rlhf_ray.shapes import Scalar, SequenceFloat, TokenFloat
 
 B = TypeVar("B", bound=Batch, contravariant=True)

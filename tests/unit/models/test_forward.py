@@ -104,8 +104,8 @@ def test_gradients_do_not_depend_on_layout_or_grouping(model_directory: Path, se
 class _Countdown(nn.Module):
     """Says that the value after token x is 10 x."""
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, keep: Tensor) -> tuple[None, Tensor]:
-        return None, tokens * 10.0
+    def forward(self, tokens: Tensor, *_: object) -> tuple[None, None, Tensor]:
+        return None, None, tokens * 10.0
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

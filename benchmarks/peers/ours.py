@@ -98,8 +98,6 @@ def _spent(driver: int) -> dict[str, dict[int, float]]:
     return found
 
 
-def _kept(
-    before: dict[str, dict[int, float]], after: dict[str, dict[int, float]], kind: str
-) -> list[float]:
+def _kept(before: dict[str, dict[int, float]], after: dict[str, dict[int, float]], kind: str) -> list[float]:
     """What the processes that are still there had spent before."""
     return [before[kind].get(process, 0.0) for process in after[kind]]

@@ -104,7 +104,10 @@ class Clock(TrainerCallback):
 
     def report(self, work: Work) -> None:
         """Prints what the steps after the first `work.warm` did and took, as one line of JSON."""
-        (before, cpu, wall), (after, cpu_end, wall_end) = self.marks[work.warm - 1], self.marks[work.warm + work.steps - 1]
+        (before, cpu, wall), (after, cpu_end, wall_end) = (
+            self.marks[work.warm - 1],
+            self.marks[work.warm + work.steps - 1],
+        )
         found = {
             "units": {name: total - before.get(name, 0.0) for name, total in after.items()},
             "cpu_s": cpu_end - cpu,

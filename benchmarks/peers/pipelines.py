@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_ray.bench.workload import pairs, prompts, save_model, text, tokenizer
 
 PAIRS, PROMPTS, VOCABULARY = 64, 256, 4095
-"""Pairs are two optimizer steps; the last token of the model's vocabulary is in no text, so that TRL may pad with it."""
+"""Pairs are two optimizer steps. The last token of the vocabulary is in no text, so that TRL may pad with it."""
 
 _REWARD = '''
 def length(prompts, responses, answers):

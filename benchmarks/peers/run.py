@@ -23,10 +23,10 @@ from typing import Any
 
 from install import OLD_TRL, PYTHON
 from ours import ROOT, measured_run
-from pipelines import STAGES, write_inputs
 from rich.console import Console
 from rich.table import Table
 
+from pipelines import STAGES, write_inputs
 from rlhf_ray.bench.figures import Figure, from_pairs
 
 SINGLE, HALF = "float32", "bfloat16"

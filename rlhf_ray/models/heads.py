@@ -2,7 +2,8 @@
 
 All of them are called alike: (tokens [R, N], position_ids [R, N], wanted [R, N], temperature, entropy) ->
 (log-probabilities [M] of the wanted tokens in row order, their entropies [M], values [R, N] after each token), with
-None for what was not asked for and what the network does not have.
+None for what was not asked for and what the network does not have. Those that learn from pairs take as a sixth argument
+which positions see which ones [R, 1, N, N]; without it a position sees those on its left.
 """
 
 from __future__ import annotations
@@ -78,24 +79,23 @@ class LanguageModel(nn.Module):
             language_model.get_output_embeddings().__class__ = OutputLayer
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, wanted: Tensor, temperature: float, entropy: Entropy
-    ) -> NetworkOutput:
-        """Log-probabilities and entropies only."""
-        return *self._judge(tokens, position_ids, wanted, temperature, entropy, with_states=False)[:2], None
-
-    def _judge(
         self,
         tokens: Tensor,
         position_ids: Tensor,
         wanted: Tensor,
         temperature: float,
         entropy: Entropy,
-        *,
-        with_states: bool,
+        attention: Tensor | None = None,
+    ) -> NetworkOutput:
+        """Log-probabilities and entropies only."""
+        inputs = _inputs(tokens, position_ids, attention)
+        return *self._judge(inputs, wanted, temperature, entropy, with_states=False)[:2], None
+
+    def _judge(
+        self, inputs: dict[str, Any], wanted: Tensor, temperature: float, entropy: Entropy, *, with_states: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities, entropies, and the last hidden states [R, N, H]; None where nobody asks for them."""
-        # Packing needs exactly this: no attention mask and no cache, else rows of a pack see each other.
-        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": position_ids, "use_cache": False}
+        tokens = inputs["input_ids"]
         if self.projects:
             hidden = self.language_model.base_model(**inputs).last_hidden_state
             output_layer = self.language_model.get_output_embeddings()
@@ -110,6 +110,11 @@ class LanguageModel(nn.Module):
             logits, tokens, temperature=temperature, entropy_gradient=entropy == "trained"
         )
         return logprobs[wanted], entropies[wanted], hidden
+
+
+def _inputs(tokens: Tensor, position_ids: Tensor, attention: Tensor | None) -> dict[str, Any]:
+    # Packing needs no mask and no cache, else rows of a pack see each other.
+    return {"input_ids": tokens, "position_ids": position_ids, "attention_mask": attention, "use_cache": False}
 
 
 def _predicting_positions(wanted: Tensor) -> Tensor:
@@ -144,10 +149,17 @@ class PolicyWithValueHead(LanguageModel):
         self.value_head = ValueHead(hidden_size(language_model), language_model.dtype)
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, wanted: Tensor, temperature: float, entropy: Entropy
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        wanted: Tensor,
+        temperature: float,
+        entropy: Entropy,
+        attention: Tensor | None = None,
     ) -> NetworkOutput:
         """Log-probabilities, entropies and values."""
-        logprobs, entropies, hidden = self._judge(tokens, position_ids, wanted, temperature, entropy, with_states=True)
+        inputs = _inputs(tokens, position_ids, attention)
+        logprobs, entropies, hidden = self._judge(inputs, wanted, temperature, entropy, with_states=True)
         return logprobs, entropies, self.value_head(hidden)
 
 
@@ -159,10 +171,16 @@ class RewardModel(nn.Module):
         self.classifier = classifier
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, wanted: Tensor, temperature: float, entropy: Entropy
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        wanted: Tensor,
+        temperature: float,
+        entropy: Entropy,
+        attention: Tensor | None = None,
     ) -> NetworkOutput:
         """Values only: the score that a row would have if it ended with this token."""
-        output = self.classifier.base_model(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        output = self.classifier.base_model(**_inputs(tokens, position_ids, attention))
         scores: Tensor = self.classifier.score(output.last_hidden_state).squeeze(-1)
         return None, None, scores.to(torch.promote_types(scores.dtype, torch.float32))
 

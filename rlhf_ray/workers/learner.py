@@ -64,6 +64,7 @@ from rlhf_ray.models.lora import (
     merged,
     named_weights,
 )
+from rlhf_ray.models.pairs import forward_pairs, pair_lengths, supports_pairs
 from rlhf_ray.models.saving import ModelWriter, write_adapter
 from rlhf_ray.shapes import SequenceFloat, SequenceInt, TokenFloat
 from rlhf_ray.workers.objectives import Objective
@@ -141,6 +142,7 @@ class Learner:
         # Plain attention looks at a pack as a whole: on a CPU rows of similar length side by side are faster.
         packs = self.device.type == "cuda" if packing is None else packing
         self.layout: Layout = "packed" if packs and supports_packing(loaded) else "padded"
+        self._joins_pairs = self.layout == "padded" and supports_pairs(loaded)
         if config.activation_checkpointing:
             loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not dropout:
@@ -254,9 +256,11 @@ class Learner:
     def _step(self, batch: B, objective: Objective[B], *, poison: bool) -> dict[str, float]:
         sequences = objective.sequences(batch)
         units = max(1, unit_count(sequences.response_mask, objective.unit))
-        # Rows of the batch that bring several sequences stay whole; beside each other these are as long as the longest.
+        # Rows of the batch that bring several sequences stay whole: the two of a pair in one row of the network's,
+        # or side by side, where they are as long as the longest.
         together = len(sequences) // len(batch)
-        costs = together * sequences.lengths().view(together, len(batch)).amax(0)
+        joined = together == 2 and self._joins_pairs
+        costs = pair_lengths(sequences) if joined else together * sequences.lengths().view(together, -1).amax(0)
         share = self._share(costs)
         plan = [[share[i] for i in rows] for rows in self._micro_batches(costs[share], together)]
         # Gradients are exchanged in every backward pass, so all ranks make the same number of them.
@@ -265,7 +269,15 @@ class Learner:
         for number, rows in enumerate(plan + fillers):
             counts = number < len(plan)
             part = batch.select(rows).to(self.device)
-            outputs = self._forward(objective.sequences(part), objective.entropy, None)
+            if joined:
+                outputs = forward_pairs(
+                    self.engine.forward,
+                    objective.sequences(part),
+                    device=self.device,
+                    temperature=self.temperature,
+                )
+            else:
+                outputs = self._forward(objective.sequences(part), objective.entropy, None)
             loss, metrics = objective(outputs, part)
             # DeepSpeed averages gradients over the ranks; the sum over them is wanted.
             weight = self.place.size / units if counts else 0.0

@@ -20,7 +20,7 @@ from rlhf_ray.config import schema
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.data.preferences import PreferenceSet
 from rlhf_ray.stages.site import load_data
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.preference_report import wilson_interval
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pandas
 
-from rlhf_ray.trainers.metrics import distinct_bigram_share, read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
+from rlhf_ray.trainers.metrics import distinct_bigram_share
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = "pipelines/online_dpo.yaml"

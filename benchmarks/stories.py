@@ -23,7 +23,8 @@ import numpy as np
 import pandas
 from scipy.stats import t as student
 
-from rlhf_ray.trainers.metrics import distinct_bigram_share, read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
+from rlhf_ray.trainers.metrics import distinct_bigram_share
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "pipelines/ppo_stories.yaml"

@@ -1,4 +1,4 @@
-"""The command line: `rlhf-ray run | resume | check | settings | evaluate | generate | doctor`.
+"""The command line: `rlhf-ray run | resume | check | settings | evaluate | generate | report | bench | doctor`.
 
 Exit codes: 0 done, 1 an error, 2 a mistake in the user's input, 130 after Ctrl-C, 143 after SIGTERM.
 torch and Ray are imported only once a pipeline file is found right.
@@ -7,18 +7,15 @@ torch and Ray are imported only once a pipeline file is found right.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from rlhf_ray.bench_commands import app as bench_app
 from rlhf_ray.config import schema
 from rlhf_ray.config.describe import METHODS, Setting, list_settings
 from rlhf_ray.config.effects import generator_of, rewards_of
@@ -26,11 +23,11 @@ from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, read_origin
 from rlhf_ray.config.problems import suggestion
 from rlhf_ray.config.rules import warnings
 from rlhf_ray.config.schema import Collect, FunctionReward, NewModel, Pipeline, Ppo, Sft, Stage
-from rlhf_ray.errors import ConfigError, Interrupted, RlhfRayError, UserError
-from rlhf_ray.options import as_options, columns_of, section, source, without_effect
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.options import as_options, check_target, columns_of, section, source, without_effect
+from rlhf_ray.terminal import exit_codes, show, sigterm_exits
 
 PROGRAM = "rlhf-ray"
-DEBUG = "RLHF_RAY_DEBUG"
 SHOWN_PROMPTS = 3
 """Prompts whose responses are printed where all of them go to a file."""
 
@@ -216,16 +213,16 @@ def evaluate_command(
             chat_template=chat,
         )
         scorer = section(schema.ModelReward, kind="model", model=model, dtype=dtype, workers=workers)
-        _check_target("--json", json_file)
+        check_target("--json", json_file)
         from rlhf_ray.doctor import check_floors
 
         check_floors(engine=False)
-        with _sigterm_exits():
+        with sigterm_exits():
             from rlhf_ray.inference import evaluate
             from rlhf_ray.trainers.preference_report import report_tables, write_report
 
             report = evaluate(model, preferences, scorer=scorer, address=address)
-        _print(report_tables(report, histogram=True))
+        show(report_tables(report, histogram=True))
         if json_file is not None:
             write_report(json_file, report)
 
@@ -314,11 +311,11 @@ def generate_command(
         )
         generator = section(schema.Generator, engine=engine, dtype=dtype, workers=workers)
         scorer = None if reward is None else _reward(reward)
-        _check_target("--output", output, ".parquet")
+        check_target("--output", output, ".parquet")
         from rlhf_ray.doctor import check_floors
 
         check_floors(engine=generator.engine == "vllm")
-        with _sigterm_exits():
+        with sigterm_exits():
             from rlhf_ray.inference import Generation, generate
             from rlhf_ray.responses import show_responses, show_scores, write_responses
 
@@ -336,10 +333,30 @@ def generate_command(
             answered = generate(asked, address=address)
         if output is not None:
             write_responses(output, answered)
-        _print(show_responses(answered, prompts=sys.maxsize if output is None else SHOWN_PROMPTS))
-        _print(show_scores(answered))
+        show(show_responses(answered, prompts=sys.maxsize if output is None else SHOWN_PROMPTS))
+        show(show_scores(answered))
         if output is not None:
-            _print(f"all responses: {output}")
+            show(f"all responses: {output}")
+
+
+@app.command("report")
+def report_command(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs, done or not.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to write the page; report.html in the first run's folder by default."),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run, or several runs side by side: curves, timeline, memory, samples, settings."""
+    with exit_codes():
+        check_target("--output", output, ".html")
+        from rlhf_ray.report.page import FILE, write_report
+
+        page = output or run_dirs[0] / FILE
+        write_report(run_dirs, page)
+        print(page)
 
 
 @app.command("doctor")
@@ -362,31 +379,10 @@ def doctor_command() -> None:
         print("Everything that a run needs is here.")
 
 
+app.add_typer(bench_app, name="bench")
+
+
 # -------------------------------------------------------------------------------------- shared
-
-
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turns every way in which a command can end into its message and exit code."""
-    try:
-        yield
-    except UserError as error:
-        _fail(str(error), 2)
-    except Interrupted as error:
-        _fail(str(error), error.exit_code)
-    except RlhfRayError as error:
-        if os.environ.get(DEBUG) == "1":
-            traceback.print_exc()
-        _fail(f"{type(error).__name__}: {error}", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of our output has gone (`rlhf-ray settings | head`): nothing is left to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-    except Exception:
-        traceback.print_exc()
-        _fail("an unexpected error; please report it with the lines above", 1)
 
 
 def _reward(text: str) -> schema.ModelReward | schema.FunctionReward:
@@ -399,28 +395,6 @@ def _reward(text: str) -> schema.ModelReward | schema.FunctionReward:
     return section(schema.FunctionReward, kind="function", function=text)
 
 
-def _check_target(option: str, path: Path | None, ending: str = "") -> None:
-    """Finds before the work that its result could not be written."""
-    if path is None:
-        return
-    if not path.name.endswith(ending):
-        raise ConfigError(f"{option}: got {str(path)!r}, wanted a file that ends in {ending}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ConfigError(f"{option}: got {str(path)!r}, which {what}; wanted a file to write")
-
-
-def _print(shown: Any) -> None:
-    from rich.console import Console
-
-    Console(highlight=False, markup=False).print(shown)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
-    raise SystemExit(code) from None
-
-
 def _start(config: Pipeline, *, pipeline_dir: Path, resume: bool) -> None:
     from rlhf_ray.doctor import check_floors
 
@@ -429,7 +403,7 @@ def _start(config: Pipeline, *, pipeline_dir: Path, resume: bool) -> None:
     _check_functions(config, pipeline_dir)
     for line in warnings(config):
         print(f"warning: {line}", file=sys.stderr, flush=True)
-    with _sigterm_exits():
+    with sigterm_exits():
         from rlhf_ray.pipeline import run_pipeline
 
         run_pipeline(config, pipeline_dir=pipeline_dir, resume=resume)
@@ -443,23 +417,6 @@ def _check_functions(config: Pipeline, pipeline_dir: Path) -> None:
         for reward in rewards_of(stage):
             if isinstance(reward, FunctionReward):
                 check_function(reward.function, pipeline_dir, reward.arguments)
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM unwinds the process like Ctrl-C does, with exit code 143; the run itself may take the signal over."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def summary(config: Pipeline, stage: Stage) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -81,3 +82,14 @@ def without_effect(options: Mapping[str, object], why: str) -> None:
     for name, value in options.items():
         if value is not None:
             raise ConfigError(f"--{name}: has no effect {why}; leave it out")
+
+
+def check_target(option: str, path: Path | None, ending: str = "") -> None:
+    """Finds before the work that its result could not be written."""
+    if path is None:
+        return
+    if not path.name.endswith(ending):
+        raise ConfigError(f"{option}: got {str(path)!r}, wanted a file that ends in {ending}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ConfigError(f"{option}: got {str(path)!r}, which {what}; wanted a file to write")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.checkpoints import folder_name
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.view import LiveView, SamplePair, Summary
 
 COLUMNS = 100

@@ -15,11 +15,13 @@ import torch
 from pyarrow import Table, parquet
 
 from rlhf_ray import errors
+from rlhf_ray.bench.figures import Figure
+from rlhf_ray.bench.suite import Outcome
 from rlhf_ray.cli import main
 from rlhf_ray.config.describe import METHODS, Setting, list_settings
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.config.schema import Pipeline
-from rlhf_ray.data.batches import Rollouts, make_sequences
+from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.trainers.journal import write_rollouts
 from tests.readme_picture import draw
 from tests.test_architecture import imported_modules, room_of
@@ -29,7 +31,7 @@ README = (REPOSITORY / "README.md").read_text()
 # The tables and sentences without the blocks of code.
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 SPANS = re.findall(r"`([^`\n]+)`", PROSE)
-FILES_OF_A_RUN = {"config.yaml", "metrics.jsonl"}
+FILES_OF_A_RUN = {"config.yaml", "metrics.jsonl", "trace.json"}
 
 
 def blocks(language: str) -> list[str]:
@@ -93,11 +95,16 @@ def test_a_command_works(
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert "is not a folder" in capsys.readouterr().err
-    elif arguments[0] in ("generate", "evaluate"):
+    elif arguments[0] in ("generate", "evaluate", "report"):
         # tests/integration/test_quickstart.py runs these for real; here the only mistake is that there is no such run.
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert arguments[1] in capsys.readouterr().err
+    elif arguments[0] == "bench":
+        # tests/integration/test_bench.py measures for real.
+        held = Outcome("learn", figures=(Figure("learn/tokens", 1.0, "s"),))
+        monkeypatch.setattr("rlhf_ray.bench.suite.run_benchmark", lambda name, **settings: held)
+        assert exit_code(*arguments) == 0
     else:
         assert exit_code(*arguments) == 0
 
@@ -201,7 +208,7 @@ def test_the_picture_can_be_drawn_anew(tmp_path: Path) -> None:
             responses=[response],
             answers=[None],
             prompt_ids=torch.tensor([0]),
-            policy_version=iteration,
+            policy_versions=one_version(make_sequences([[5, 6]], [[7]]), iteration),
         )
         write_rollouts(samples / f"iteration_{iteration:06d}.parquet", rollouts, scores=torch.tensor([score]))
     before, after = {"evaluation/reward_mean": 0.1}, {"evaluation/reward_mean": 0.9}

@@ -155,9 +155,11 @@ def _silent_ppo(stage: Ppo) -> Iterator[_Silent]:
         yield ["correction"], reason, ["old_logprobs"]
     elif stage.correction.mode == "off":
         yield ["correction.cap"], "while correction.mode is off", ["correction.mode"]
-    elif stage.correction.mode == "auto" and stage.generator.dtype == "float32":
+    elif not stage.corrects_generator:
         reason = "while correction.mode is auto and the generator runs in float32 (set the mode to on to use it)"
-        yield ["correction.cap"], reason, ["correction.mode", "generator.dtype"]
+        yield ["correction.cap"], reason, ["correction.mode", "generator.dtype", "staleness"]
+    if stage.staleness > 0:
+        yield ["chunk_samples"], "with staleness: a batch is complete before it is scored", ["staleness"]
     if stage.evaluation.temperature == 0 and stage.data.evaluation is not None:
         reason = "while evaluation.temperature is 0: greedy samples of a prompt are all the same"
         yield ["evaluation.samples_per_prompt"], reason, ["evaluation.temperature"]

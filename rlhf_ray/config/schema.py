@@ -608,7 +608,7 @@ class Correction(Section):
     """Truncated importance sampling between generator and learner."""
 
     mode: Literal["auto", "on", "off"] = "auto"
-    """auto: on when the engine runs in bfloat16."""
+    """auto: on when the engine runs in bfloat16, or with staleness."""
     cap: Positive = 2.0
     """Largest weight of a token."""
 
@@ -641,7 +641,7 @@ class Sft(Section):
     """Sequences per optimizer step, over all workers."""
     packing: StrictBool | None = None
     """Put several sequences in one row, without attention between them; off: rows of similar length side by side.
-    Unset: on where there is a GPU; on a CPU side by side is faster."""
+    Unset: on where the architecture allows it."""
     dropout: StrictBool = False
     """Keep the model's dropout switched on while training."""
     evaluation: TextEvaluation = TextEvaluation()
@@ -708,6 +708,12 @@ class Ppo(Section):
     old_logprobs: Literal["learner", "generator"] = "learner"
     """Recompute the samples' log-probabilities before the update, or take the generator's own (one forward pass
     fewer)."""
+    staleness: Annotated[StrictInt, Field(ge=0)] = 0
+    """Iterations that sampling runs ahead: 0, each batch is sampled with the weights that then learn from it; 1, the
+    next batch is sampled while this one is scored and learnt, with weights that are one update older."""
+    chunk_samples: Count | None = None
+    """Samples that are scored together while others are still sampled; unset: a quarter of each generator's, at least
+    16."""
     scores: Scores = Scores()
     """Clipping and penalties of scores."""
     advantages: Advantages = Advantages()
@@ -751,7 +757,7 @@ class Ppo(Section):
         """Whether truncated importance sampling is on, the default resolved."""
         if self.old_logprobs == "generator" or self.correction.mode == "off":
             return False
-        return self.correction.mode == "on" or self.generator.dtype == "bfloat16"
+        return self.correction.mode == "on" or self.generator.dtype == "bfloat16" or self.staleness > 0
 
     @property
     def attests_rollouts(self) -> bool:
@@ -787,7 +793,7 @@ class Dpo(Section):
     """Pairs per optimizer step, over all workers."""
     packing: StrictBool | None = None
     """Put several answers in one row, without attention between them; off: rows of similar length side by side.
-    Unset: on where there is a GPU; on a CPU side by side is faster."""
+    Unset: on where the architecture allows it."""
     dropout: StrictBool = False
     """Keep the model's dropout switched on while training."""
     loss: PreferenceLoss = PreferenceLoss()

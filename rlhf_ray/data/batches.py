@@ -27,6 +27,10 @@ class Batch:
     def _values(self) -> list[Any]:
         return [getattr(self, field.name) for field in fields(self)]
 
+    def token_count(self) -> int:
+        """Real tokens of its rows, padding not counted; 0 where it holds no sequences."""
+        return sum(value.token_count() for value in self._values() if isinstance(value, Batch))
+
     def select(self, rows: Sequence[int]) -> Self:
         """The given rows, in the given order; all T positions are kept."""
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -96,6 +100,9 @@ class Prompts(Batch):
     ids: list[int]
     repeats: list[int]
 
+    def token_count(self) -> int:
+        return sum(map(len, self.token_ids))
+
 
 @dataclass(frozen=True)
 class Sequences(Batch):
@@ -115,6 +122,9 @@ class Sequences(Batch):
         """[B] real tokens of each row."""
         return self.attention_mask.sum(1)
 
+    def token_count(self) -> int:
+        return int(self.attention_mask.sum())
+
 
 @dataclass(frozen=True)
 class Rollouts(Batch):
@@ -129,7 +139,8 @@ class Rollouts(Batch):
         responses: B response texts, special tokens and stop strings removed.
         answers: B expected answers.
         prompt_ids: [B] row numbers of the prompts.
-        policy_version: number of completed iterations behind the weights that sampled.
+        policy_versions: [B, T] number of completed iterations behind the weights that sampled each token; 0 outside
+            response_mask.
     """
 
     sequences: Sequences
@@ -139,7 +150,12 @@ class Rollouts(Batch):
     responses: list[str]
     answers: list[Any]
     prompt_ids: SequenceInt
-    policy_version: int
+    policy_versions: TokenIds
+
+    def oldest_versions(self) -> SequenceInt:
+        """[B] the policy version of each response's first token: weights only ever get newer; 0 without a response."""
+        first = self.sequences.response_mask.int().argmax(1, keepdim=True)
+        return self.policy_versions.gather(1, first)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -196,6 +212,11 @@ class ReferencedPairs(Batch):
     pairs: PreferencePairs
     reference_chosen: SequenceFloat
     reference_rejected: SequenceFloat
+
+
+def one_version(sequences: Sequences, version: int) -> TokenIds:
+    """[B, T] `policy_versions` of responses that one version of the policy sampled."""
+    return sequences.response_mask.long() * version
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> TokenIds:

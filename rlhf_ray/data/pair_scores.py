@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from rlhf_ray.config.schema import PairScoring, PreferenceData
-from rlhf_ray.data.batches import Rollouts, Sequences
+from rlhf_ray.data.batches import Rollouts, Sequences, one_version
 from rlhf_ray.data.preferences import PreferenceSet
 from rlhf_ray.shapes import SequenceFloat
 
@@ -50,7 +50,7 @@ def answer_rollouts(
             responses=[str(tokenizer.decode(answer.tolist(), skip_special_tokens=True)) for answer in answers],
             answers=[None] * len(rows),
             prompt_ids=torch.tensor(rows),
-            policy_version=0,
+            policy_versions=one_version(sequences, 0),
         )
 
     return rollouts(batch.chosen), rollouts(batch.rejected)
@@ -83,7 +83,8 @@ def pair_table(
     keep, exchange = decide(scores, settings)
     texts = [
         (pairs.prompt_text(row, tokenizer), *(str(tokenizer.decode(a, skip_special_tokens=True)) for a in answers))
-        for row, pair in enumerate(pairs.pairs)
+        for row in range(len(pairs))
+        for pair in [pairs.pairs[row]]
         for answers in [(pair.chosen.tolist(), pair.rejected.tolist())]
     ]
     columns = {name: pa.array([row[i] for row in texts], pa.string()) for i, name in enumerate(_TEXTS)}

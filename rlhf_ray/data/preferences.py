@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -18,6 +19,7 @@ from rlhf_ray.data.encoding import Encoder, Message, blocks, check_messages, che
 from rlhf_ray.data.prompts import cut_left
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.streams import Stream
+from rlhf_ray.data.token_rows import TokenRows
 from rlhf_ray.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class EncodedPair:
     """Token ids of a prompt and of the two answers behind it; whether the prompt is a text, not chat messages."""
 
     prompt: NDArray[np.int32]
@@ -44,6 +46,43 @@ class _Encoded:
     rejected: NDArray[np.int32]
     margin: float
     is_text: bool
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Pairs whose token ids stand in a file.
+
+    Args:
+        rows: prompt, chosen and rejected answer of every pair that was encoded.
+        margins: of those.
+        is_text: of those.
+        used: numbers of the pairs that are in use, in their order.
+        exchanged: whether the answers have changed places, of the pairs in use.
+    """
+
+    rows: TokenRows
+    margins: NDArray[np.float64]
+    is_text: NDArray[np.bool_]
+    used: NDArray[np.int64]
+    exchanged: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        """Number of pairs in use."""
+        return len(self.used)
+
+    def __getitem__(self, row: int) -> EncodedPair:
+        """The pair in use of this number."""
+        number = int(self.used[row])
+        prompt, chosen, rejected = self.rows[number]
+        if self.exchanged[row]:
+            chosen, rejected = rejected, chosen
+        return EncodedPair(prompt, chosen, rejected, float(self.margins[number]), bool(self.is_text[number]))
+
+    def kept(self, keep: Sequence[bool], exchange: Sequence[bool]) -> EncodedPairs:
+        """The pairs to keep, with the answers of some exchanged."""
+        mask = np.asarray(keep, dtype=np.bool_)
+        exchanged = self.exchanged ^ np.asarray(exchange, dtype=np.bool_)
+        return replace(self, used=self.used[mask], exchanged=exchanged[mask])
 
 
 class _UnusableError(DataError):
@@ -61,10 +100,12 @@ def check_preferences(data: PreferenceData) -> dict[str, int]:
 
 
 def _count(data: PreferenceData, source: Source) -> int:
-    pairs = list(_pairs(data, source))
-    usable = sum(pair is not None for pair in pairs)
+    rows, usable = 0, 0
+    for pair in _pairs(data, source):
+        rows += 1
+        usable += pair is not None
     if not usable:
-        raise DataError(_none_left(source, rows=len(pairs), unusable=len(pairs)))
+        raise DataError(_none_left(source, rows=rows, unusable=rows))
     return usable
 
 
@@ -258,13 +299,13 @@ class PreferenceSet:
     Args:
         report: how many rows were read ("rows"), are used ("used"), were left out ("dropped"; among them "unusable":
             equal or empty answers, or prompts that differ; the others are too long), and were shortened ("cut").
-        pairs: token ids of each pair in use.
+        pairs: the pairs in use.
         sizes: number of pairs in use of each source, in the order of the sources.
         stream: the order in which they come.
     """
 
     report: dict[str, int]
-    pairs: list[_Encoded]
+    pairs: EncodedPairs
     sizes: list[int]
     stream: Stream
 
@@ -304,10 +345,10 @@ class PreferenceSet:
     def prompts(self, count: int, tokenizer: PreTrainedTokenizerBase) -> Prompts:
         """The first `count` different prompts, or all where there are fewer; a prompt's id is its first pair's."""
         first: dict[bytes, int] = {}
-        for row, pair in enumerate(self.pairs):
+        for row in range(len(self)):
             if len(first) == count:
                 break
-            first.setdefault(pair.prompt.tobytes(), row)
+            first.setdefault(self.pairs[row].prompt.tobytes(), row)
         rows = list(first.values())
         return Prompts(
             token_ids=[self.pairs[row].prompt.tolist() for row in rows],
@@ -329,11 +370,7 @@ class PreferenceSet:
 
         Raises DataError for a source of which no pair is kept.
         """
-        pairs = [
-            replace(pair, chosen=pair.rejected, rejected=pair.chosen) if swap else pair
-            for pair, swap, use in zip(self.pairs, exchange, keep, strict=True)
-            if use
-        ]
+        pairs = self.pairs.kept(keep, exchange)
         sizes, start = [], 0
         for source, size in zip(data.train, self.sizes, strict=True):
             sizes.append(sum(keep[start : start + size]))
@@ -369,7 +406,7 @@ def load_preferences(
         )
     encoder = Encoder.of(tokenizer)
     report = {"rows": 0, "used": 0, "dropped": 0, "unusable": 0, "cut": 0}
-    encoded: list[_Encoded] = []
+    rows, margins, is_text = TokenRows(3), array("d"), bytearray()
     sizes: list[int] = []
     for source in selected:
         before = {**report}
@@ -385,9 +422,9 @@ def load_preferences(
                     continue
                 report["used"] += 1
                 report["cut"] += fitted != ids
-                prompt, chosen, rejected = (np.asarray(part, dtype=np.int32) for part in fitted)
-                is_text = isinstance(pair.prompt, str)
-                encoded.append(_Encoded(prompt, chosen, rejected, pair.margin, is_text))
+                rows.add(*fitted)
+                margins.append(pair.margin)
+                is_text.append(isinstance(pair.prompt, str))
         sizes.append(report["used"] - before["used"])
         if not sizes[-1]:
             gone = {name: report[name] - before[name] for name in report}
@@ -396,6 +433,13 @@ def load_preferences(
                 "differ beyond it"
             )
             raise DataError(_none_left(source, rows=gone["rows"], unusable=gone["unusable"], too_long=too_long))
+    encoded = EncodedPairs(
+        rows,
+        margins=np.array(margins),
+        is_text=np.frombuffer(is_text, dtype=np.bool_),
+        used=np.arange(len(rows)),
+        exchanged=np.zeros(len(rows), dtype=np.bool_),
+    )
     return PreferenceSet(report, encoded, sizes, _stream(selected, sizes, sources, data.shuffle, seed))
 
 

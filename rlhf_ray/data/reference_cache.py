@@ -4,8 +4,9 @@
 
 The key says which weights answered, and how; an answer is found by the SHA-256 of its tokens and of which of them
 count. So another pass, run or beta finds what is there, and nothing that was computed otherwise. An answer's last bits
-may depend on what it was computed beside: the other answer of its pair on a CPU, other rows on a GPU; they are those of
-the first time. Files are written beside their name and renamed, and never change: any number of runs may share a folder.
+may depend on what it was computed beside (the other answer of its pair on a CPU, other rows on a GPU): they are those
+of the first time. Files are written beside their name and renamed, and never change: any number of runs may share a
+folder.
 """
 
 from __future__ import annotations

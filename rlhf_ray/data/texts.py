@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import Source, TextColumns, TextData
 from rlhf_ray.data.arrow import Table, open_table
@@ -17,6 +16,7 @@ from rlhf_ray.data.encoding import Encoder, Message, blocks, check_messages, che
 from rlhf_ray.data.prompts import cut_left
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.streams import Stream
+from rlhf_ray.data.token_rows import TokenRows
 from rlhf_ray.errors import DataError
 
 if TYPE_CHECKING:
@@ -99,19 +99,17 @@ class TextSet:
     Args:
         report: how many rows were read ("rows"), are used ("used"), were left out ("dropped": too long, or nothing to
             train on within max_length) and were shortened ("cut").
-        tokens: token ids of each text in use.
-        trained: which of its tokens are trained.
+        rows: token ids of each text in use; -1 - id of those that are not trained.
         stream: the order in which they come.
     """
 
     report: dict[str, int]
-    tokens: list[NDArray[np.int32]]
-    trained: list[NDArray[np.bool_]]
+    rows: TokenRows
     stream: Stream
 
     def __len__(self) -> int:
         """Number of texts in use."""
-        return len(self.tokens)
+        return len(self.rows)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches in one pass; the last may be smaller."""
@@ -129,11 +127,12 @@ class TextSet:
         return self._sequences(range(len(self)))
 
     def _sequences(self, rows: Sequence[int]) -> Sequences:
-        tokens = pad_rows([self.tokens[row].tolist() for row in rows])
-        lengths = torch.tensor([len(self.tokens[row]) for row in rows])
+        marked = [self.rows[row][0] for row in rows]
+        tokens = pad_rows([np.where(ids < 0, ~ids, ids).tolist() for ids in marked])
+        lengths = torch.tensor([len(ids) for ids in marked])
         attention = torch.arange(tokens.shape[1])[None] < lengths[:, None]
         trained = torch.zeros_like(attention)
-        trained[attention] = torch.from_numpy(np.concatenate([self.trained[row] for row in rows]))
+        trained[attention] = torch.from_numpy(np.concatenate(marked) >= 0)
         return Sequences(tokens=tokens, attention_mask=attention, response_mask=trained)
 
 
@@ -156,12 +155,11 @@ def load_texts(
             "tokenizer_config.json."
         )
     encoder = Encoder.of(tokenizer)
-    tokens: list[NDArray[np.int32]] = []
-    trained: list[NDArray[np.bool_]] = []
+    rows = TokenRows(1)
     sizes: list[int] = []
     report = {"rows": 0, "used": 0, "dropped": 0, "cut": 0}
     for source in chosen:
-        before = len(tokens)
+        before = len(rows)
         for block in blocks(_rows(data, source)):
             for row, (ids, mask) in zip(block, _encode(encoder, block), strict=True):
                 report["rows"] += 1
@@ -172,23 +170,23 @@ def load_texts(
                     report["dropped"] += 1
                     continue
                 report["cut"] += len(fitted[0]) < len(ids)
-                tokens.append(np.asarray(fitted[0], dtype=np.int32))
-                trained.append(np.asarray([False, *fitted[1][1:]], dtype=np.bool_))
-        sizes.append(len(tokens) - before)
+                kept, mask = fitted[0], [False, *fitted[1][1:]]
+                rows.add([token if use else ~token for token, use in zip(kept, mask, strict=True)])
+        sizes.append(len(rows) - before)
         if not sizes[-1]:
             raise DataError(
                 f"{source.path}: no row is left, all are longer than data.max_length ({data.max_length} tokens) or "
                 "have no token to train on within it; "
                 "raise it, or change data.too_long."
             )
-    report["used"] = len(tokens)
+    report["used"] = len(rows)
     stream = Stream(
         sizes=sizes,
         weights=[source.weight for source in chosen],
         seed=derive_seed(seed, "texts", sources),
         shuffle=data.shuffle,
     )
-    return TextSet(report=report, tokens=tokens, trained=trained, stream=stream)
+    return TextSet(report=report, rows=rows, stream=stream)
 
 
 def _encode(encoder: Encoder, rows: Sequence[_Row]) -> list[tuple[list[int], list[bool]]]:

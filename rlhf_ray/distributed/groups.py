@@ -1,4 +1,4 @@
-"""Groups of workers and their verbs: split, all, first.
+"""Groups of workers and their verbs: split, all, one, first.
 
 A method is named by a reference to the function (`Learner.update`), so the type checker sees its arguments:
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
 
 import ray
@@ -23,10 +23,11 @@ from torch.nn.functional import pad
 
 from rlhf_ray.data.batches import Batch
 from rlhf_ray.distributed.place import Place
-from rlhf_ray.distributed.supervision import Call, Reply, wait
+from rlhf_ray.distributed.supervision import Call, Reply, as_they_come, wait
 from rlhf_ray.distributed.tracing import Recorder, Span
+from rlhf_ray.distributed.work import work_of
 
-__all__ = ["LocalGroup", "Pending", "Place", "RayGroup", "WorkerGroup", "cut", "gather", "merge", "shares"]
+__all__ = ["LocalGroup", "Pending", "Place", "RayGroup", "WorkerGroup", "arrivals", "cut", "gather", "merge", "shares"]
 
 T = TypeVar("T")
 T1 = TypeVar("T1")
@@ -106,6 +107,31 @@ def gather(*pending: Pending[Any]) -> tuple[Any, ...]:
     return tuple(item.result() for item in pending)
 
 
+def arrivals(*pending: Pending[T]) -> Iterator[tuple[int, T]]:
+    """(number of the argument, its result) in the order of arrival; the first failure anywhere is raised at once.
+
+    Deadlines count from one arrival to the next.
+    """
+    calls = [list(item.calls()) for item in pending]
+    try:
+        for number, item in enumerate(pending):
+            if not calls[number]:
+                yield number, item.result()
+        owners = [(number, place) for number, own in enumerate(calls) for place in range(len(own))]
+        replies: dict[tuple[int, int], Reply] = {}
+        for index, reply in as_they_come([call for own in calls for call in own]):
+            replies[owners[index]] = reply
+            number = owners[index][0]
+            wanted = [(number, place) for place in range(len(calls[number]))]
+            if all(owner in replies for owner in wanted):
+                pending[number].collect([replies.pop(owner) for owner in wanted])
+                yield number, pending[number].result()
+    except BaseException:
+        for item in pending:
+            item.abandon()
+        raise
+
+
 class WorkerGroup(Protocol[W_co]):
     """The workers of one role, called together."""
 
@@ -138,6 +164,11 @@ class WorkerGroup(Protocol[W_co]):
 
     def all(self, method: Callable[Concatenate[W_co, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[list[R]]:
         """The same arguments to every worker; results in rank order. A batch is stored once and read by all."""
+
+    def one(
+        self, rank: int, method: Callable[Concatenate[W_co, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
+        """A call to one worker alone; a worker answers its calls in the order in which they were sent."""
 
     def first(self, method: Callable[Concatenate[W_co, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]:
         """A call to rank 0 alone."""
@@ -218,6 +249,12 @@ class LocalGroup(Generic[W]):
     def all(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[list[R]]:
         return Ready([self._call(method, *args, **kwargs)])
 
+    def one(
+        self, rank: int, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
+        assert rank == 0, f"{self.role}: no worker {rank}"
+        return Ready(self._call(method, *args, **kwargs))
+
     def first(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]:
         return Ready(self._call(method, *args, **kwargs))
 
@@ -230,13 +267,17 @@ class LocalGroup(Generic[W]):
     def _call(self, method: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         name = method.__name__
         number = self._recorder.begin(self.role, name)
-        start = time.time()
+        iteration = _iteration(self._recorder, kwargs)
+        start, cpu = time.time(), time.process_time()
         try:
             value: R = getattr(self.worker, name)(*args, **kwargs)
         except BaseException:
             self._recorder.finish(number)
             raise
-        self._recorder.finish(number, [Span(self.role, 0, name, start, time.time())])
+        end, cpu_s = time.time(), time.process_time() - cpu
+        work = work_of(args, value)
+        span = Span(self.role, 0, name, start, end, iteration, work.tokens, work.nbytes, cpu_s)
+        self._recorder.finish(number, [span])
         return value
 
 
@@ -246,14 +287,14 @@ class RayPending(Pending[T]):
     Args:
         calls: the calls, in rank order.
         combine: the workers' results -> the result.
-        finish: takes the spans of the answered calls; None when nobody waits for them any longer.
+        finish: takes the replies to the calls; None when nobody waits for them any longer.
     """
 
     def __init__(
         self,
         calls: Sequence[Call],
         combine: Callable[[list[Any]], T],
-        finish: Callable[[Sequence[Span] | None], None],
+        finish: Callable[[Sequence[Reply] | None], None],
     ) -> None:
         self._calls = list(calls)
         self._combine = combine
@@ -276,12 +317,7 @@ class RayPending(Pending[T]):
     def collect(self, replies: Sequence[Reply]) -> None:
         if self._value:
             return
-        self._finish(
-            [
-                Span(call.role, call.rank, call.method, reply.start, reply.end)
-                for call, reply in zip(self._calls, replies, strict=True)
-            ]
-        )
+        self._finish(replies)
         self._value.append(self._combine([reply.value for reply in replies]))
 
     def abandon(self) -> None:
@@ -318,8 +354,9 @@ class RayGroup(Generic[W]):
         self._recorder = recorder
         self._release: Callable[[bool], None] | None = release
         self._under_way: set[int] = set()
+        self._built = built
         self._processes = [call.process for call in built]
-        self.ready: Pending[None] = self._pending(built, lambda _: None)
+        self.ready: Pending[None] = self._pending(built, lambda _: None, iteration=recorder.iteration)
 
     def split(
         self, method: Callable[Concatenate[W, Rows, P], R], batch: Rows, /, *args: P.args, **kwargs: P.kwargs
@@ -346,14 +383,35 @@ class RayGroup(Generic[W]):
         def combine(results: list[Any]) -> R:
             return cast(R, merge(results[:full]))
 
-        return self._pending(calls, combine)
+        return self._pending(calls, combine, iteration=_iteration(self._recorder, kwargs))
 
     def all(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[list[R]]:
         stored, stored_kwargs = self._store(args, kwargs)
-        return self._pending([self._call(rank, method, *stored, **stored_kwargs) for rank in range(self.size)], list)
+        calls = [self._call(rank, method, *stored, **stored_kwargs) for rank in range(self.size)]
+        # Each takes its share of the one batch.
+        return self._pending(calls, list, iteration=_iteration(self._recorder, kwargs), share=self.size)
+
+    def one(
+        self, rank: int, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Pending[R]:
+        calls = [self._call(rank, method, *args, **kwargs)]
+        iteration = _iteration(self._recorder, kwargs)
+        return self._pending(calls, lambda results: cast(R, results[0]), iteration=iteration)
 
     def first(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]:
-        return self._pending([self._call(0, method, *args, **kwargs)], lambda results: cast(R, results[0]))
+        return self.one(0, method, *args, **kwargs)
+
+    def part(self, workers: int) -> RayGroup[W]:
+        """The first workers as a group of their own; closing it leaves them."""
+        return RayGroup(
+            self.role,
+            self._hosts[:workers],
+            collective=self._collective,
+            timeout_s=self._timeout_s,
+            recorder=self._recorder,
+            built=self._built[:workers],
+            release=lambda idle: None,
+        )
 
     def close(self) -> None:
         release, self._release = self._release, None
@@ -384,13 +442,34 @@ class RayGroup(Generic[W]):
             process=self._processes[rank],
         )
 
-    def _pending(self, calls: Sequence[Call], combine: Callable[[list[Any]], T]) -> Pending[T]:
-        number = self._recorder.begin(self.role, calls[0].method)
+    def _pending(
+        self, calls: Sequence[Call], combine: Callable[[list[Any]], T], *, iteration: int, share: int = 1
+    ) -> Pending[T]:
+        number = self._recorder.begin(self.role, calls[0].method, workers=len(calls))
         self._under_way.add(number)
 
-        def finish(spans: Sequence[Span] | None) -> None:
-            self._recorder.finish(number, spans or ())
-            if spans is not None:
+        def finish(replies: Sequence[Reply] | None) -> None:
+            spans = [
+                Span(
+                    role=call.role,
+                    rank=call.rank,
+                    method=call.method,
+                    start=reply.start,
+                    end=reply.end,
+                    iteration=iteration,
+                    tokens=reply.work.tokens // share,
+                    nbytes=reply.work.nbytes,
+                    cpu_s=reply.cpu_s,
+                )
+                for call, reply in zip(calls, replies or (), strict=replies is not None)
+            ]
+            self._recorder.finish(number, spans)
+            if replies is not None:
                 self._under_way.discard(number)
 
         return RayPending(calls, combine, finish)
+
+
+def _iteration(recorder: Recorder, kwargs: Mapping[str, Any]) -> int:
+    """The iteration a call is for: the one under way, or a later one that the call itself names."""
+    return max(recorder.iteration, int(kwargs.get("iteration") or 0))

@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -16,6 +16,7 @@ from ray import cloudpickle
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.rendezvous import Meeting, environment
 from rlhf_ray.distributed.supervision import STACK_SIGNAL, Failure, Reply, capture
+from rlhf_ray.distributed.work import Work, work_of
 
 
 class Host:
@@ -70,8 +71,8 @@ class Host:
         """Runs a method of the worker; after a failed `build`, its failure again."""
         if self._failure is not None:
             now = time.time()
-            return Reply(None, self._failure, now, now)
-        return _timed(lambda: getattr(self._worker, name)(*args, **kwargs))
+            return Reply(None, self._failure, now, now, 0.0, Work())
+        return _timed(lambda: getattr(self._worker, name)(*args, **kwargs), args)
 
     def drop(self) -> None:
         """Closes the worker (its own close(), if it has one) and forgets it."""
@@ -86,10 +87,11 @@ class Host:
         self._variables = {}
 
 
-def _timed(work: Callable[[], Any]) -> Reply:
-    start = time.time()
+def _timed(work: Callable[[], Any], arguments: Sequence[Any] = ()) -> Reply:
+    start, cpu = time.time(), time.process_time()
     try:
         value, failure = work(), None
     except Exception as error:
         value, failure = None, capture(error)
-    return Reply(value, failure, start, time.time())
+    end, cpu_s = time.time(), time.process_time() - cpu
+    return Reply(value, failure, start, end, cpu_s, work_of(arguments, value))

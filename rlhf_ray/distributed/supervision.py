@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from rlhf_ray.distributed.work import Work
 from rlhf_ray.errors import RlhfRayError, UserError, WorkerError
 
 _LAST_LINES = 20
@@ -40,12 +41,23 @@ class Failure:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a worker's host answers; start and end are Unix seconds of the worker's clock."""
+    """What a worker's host answers.
+
+    Args:
+        value: the result; None where the call failed.
+        failure: what it failed of.
+        start: Unix seconds of the worker's clock.
+        end: likewise.
+        cpu_s: CPU seconds of the worker's process meanwhile.
+        work: how much there was to do.
+    """
 
     value: Any
     failure: Failure | None
     start: float
     end: float
+    cpu_s: float
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -90,22 +102,36 @@ def wait(calls: Sequence[Call]) -> list[Reply]:
         WorkerError: a worker died, raised, or missed its deadline.
         RlhfRayError: the error of this package that a worker raised, its place in front.
     """
+    replies = dict(_answers(calls, anew=False))
+    return [replies[index] for index in range(len(calls))]
+
+
+def as_they_come(calls: Sequence[Call]) -> Iterator[tuple[int, Reply]]:
+    """(number of the call, its reply) in the order of arrival; deadlines count from one arrival to the next.
+
+    Raises:
+        WorkerError, RlhfRayError: as `wait`.
+    """
+    return _answers(calls, anew=True)
+
+
+def _answers(calls: Sequence[Call], *, anew: bool) -> Iterator[tuple[int, Reply]]:
     start = time.monotonic()
-    replies: dict[int, Reply] = {}
     left = {call.reply: index for index, call in enumerate(calls)}
     while left:
         deadline = start + min(calls[index].timeout_s for index in left.values())
         done, _ = ray.wait(list(left), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             raise _late([calls[index] for index in left.values()], start)
-        for reply in done:
-            index = left.pop(reply)
-            try:
-                replies[index] = _answer(calls[index])
-            except WorkerError:
-                _raise_a_death([calls[index] for index in left.values()])
-                raise
-    return [replies[index] for index in range(len(calls))]
+        index = left.pop(done[0])
+        try:
+            reply = _answer(calls[index])
+        except WorkerError:
+            _raise_a_death([calls[index] for index in left.values()])
+            raise
+        yield index, reply
+        if anew:
+            start = time.monotonic()
 
 
 def _raise_a_death(calls: Sequence[Call]) -> None:

@@ -1,4 +1,4 @@
-"""What each worker did, and when: spans recorded by the groups' verbs."""
+"""What each worker did, and when: spans recorded by the groups' verbs, and by the driver around its own work."""
 
 from __future__ import annotations
 
@@ -6,19 +6,41 @@ import itertools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+DRIVER = "driver"
+"""The role of the driver's own spans: rank 0 has what it says it does, rank 1 the time between its calls."""
+BETWEEN_CALLS = "between calls"
+_SHORTEST_GAP_S = 0.0005
 
 
 @dataclass(frozen=True)
 class Span:
-    """One finished call on one worker; start and end are Unix seconds of the worker's clock."""
+    """One finished call on one worker.
+
+    Args:
+        role: the worker's role, or DRIVER.
+        rank: its rank.
+        method: the method, or what the driver did.
+        start: Unix seconds of the worker's own clock; clocks of several nodes are taken as they are.
+        end: likewise.
+        iteration: the iteration that the call was made for; 0 before the first.
+        tokens: tokens that the worker sampled or read; 0 where the call is not about tokens.
+        nbytes: bytes of weights that it sent or received.
+        cpu_s: CPU seconds of the worker's process meanwhile.
+    """
 
     role: str
     rank: int
     method: str
     start: float
     end: float
+    iteration: int = 0
+    tokens: int = 0
+    nbytes: int = 0
+    cpu_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -28,29 +50,47 @@ class Activity:
     role: str
     method: str
     since: float
+    workers: int = 1
 
 
 class Recorder:
-    """Collects spans; safe to read from another thread (the live view)."""
+    """Collects spans; safe to read from another thread (the live view).
+
+    `iteration` is the one under way, which calls and the driver's work are noted for; the trainer's run sets it.
+    """
 
     def __init__(self) -> None:
+        self.iteration = 0
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._active: dict[int, Activity] = {}
         self._spans: list[Span] = []
+        self._quiet_since = time.time()
 
-    def begin(self, role: str, method: str) -> int:
-        """Notes a call to a group; gives the number that `finish` takes."""
-        number = next(self._numbers)
+    def begin(self, role: str, method: str, *, workers: int = 1) -> int:
+        """Notes a call to some workers of a group; gives the number that `finish` takes."""
+        number, now = next(self._numbers), time.time()
         with self._lock:
-            self._active[number] = Activity(role, method, time.time())
+            if not self._active and now - self._quiet_since >= _SHORTEST_GAP_S:
+                self._spans.append(Span(DRIVER, 1, BETWEEN_CALLS, self._quiet_since, now, self.iteration))
+            self._active[number] = Activity(role, method, now, workers)
         return number
 
     def finish(self, number: int, spans: Iterable[Span] = ()) -> None:
         """Ends a call with the spans of its workers (none when it failed)."""
         with self._lock:
-            self._active.pop(number, None)
+            if self._active.pop(number, None) is not None and not self._active:
+                self._quiet_since = time.time()
             self._spans.extend(spans)
+
+    @contextmanager
+    def driver(self, what: str) -> Iterator[None]:
+        """Notes what the driver does within; uses may be nested."""
+        start, cpu, iteration = time.time(), time.process_time(), self.iteration
+        yield
+        span = Span(DRIVER, 0, what, start, time.time(), iteration, cpu_s=time.process_time() - cpu)
+        with self._lock:
+            self._spans.append(span)
 
     def active(self) -> list[Activity]:
         """The calls under way, oldest first."""
@@ -72,9 +112,12 @@ def seconds_by_method(spans: Iterable[Span]) -> dict[tuple[str, str], float]:
     return {key: max(by_rank.values()) for key, by_rank in seconds.items()}
 
 
-def busy_seconds(spans: Iterable[Span]) -> dict[str, float]:
-    """role -> seconds in calls, added up over its workers; divide by workers and wall time for the busy share."""
-    seconds: dict[str, float] = defaultdict(float)
-    for span in spans:
-        seconds[span.role] += span.end - span.start
-    return dict(seconds)
+def covered_seconds(intervals: Iterable[tuple[float, float]], *, start: float, end: float) -> float:
+    """Seconds between start and end in at least one of the (start, end) intervals."""
+    covered, reached = 0.0, start
+    for begun, ended in sorted(intervals):
+        begun, ended = max(begun, reached), min(ended, end)
+        if ended > begun:
+            covered += ended - begun
+            reached = ended
+    return covered

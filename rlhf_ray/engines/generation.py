@@ -19,12 +19,14 @@ class Sample:
         logprobs: of each token, under the distribution that it was sampled from.
         finished: ended by an end-of-sequence token or a stop string, not by the length limit.
         text: the response without special tokens and stop string.
+        versions: of the weights that sampled each token.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finished: bool
     text: str
+    versions: list[int]
 
 
 class GenerationEngine(Protocol):
@@ -51,8 +53,21 @@ class GenerationEngine(Protocol):
     ) -> list[Sample]:
         """One response for each prompt, in order; a response depends on its prompt, its seed and the weights alone.
 
-        `sampling.samples_per_prompt` is not read: a prompt stands in the list as often as it is wanted.
+        `sampling.samples_per_prompt` is not read: a prompt stands in the list as often as it is wanted. Responses that
+        were started before may go on meanwhile; none of them is lost.
         """
+
+    def start(self, prompts: Sequence[Sequence[int]], sampling: schema.Sampling, *, seeds: Sequence[int]) -> list[int]:
+        """Queues the same responses, and gives their numbers, which were never given before; `step` generates them."""
+
+    def step(self) -> list[tuple[int, Sample]]:
+        """One step of all that was started; numbers and responses that have ended since the last call.
+
+        In the order in which they ended, by number where they did so in one step. Nothing where nothing is left.
+        """
+
+    def restart(self) -> None:
+        """Every response that was started and has not ended begins anew: from its prompt, with its seed."""
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """For each prompt the log-probability of each token at temperature 1, computed afresh; 0 for the first."""
@@ -69,7 +84,7 @@ class GenerationEngine(Protocol):
         """Takes a transfer of weights and loads them; one result per receiver.
 
         An engine that was told of an adapter takes the adapter's tensors alone. The prefix cache is not touched:
-        `reset_prefix_cache` comes next.
+        `reset_prefix_cache` comes next. Responses that have not ended go on under the new weights.
 
         Args:
             first_rank: rank of this engine's first receiver in the transfer.
@@ -80,7 +95,7 @@ class GenerationEngine(Protocol):
         """
 
     def reset_prefix_cache(self) -> None:
-        """Forgets keys and values of the weights before."""
+        """Forgets keys and values of the weights before; those of unfinished responses are computed anew."""
 
     def memory_gib(self) -> float:
         """Peak memory so far: the GPU's where there is one, else the process's."""

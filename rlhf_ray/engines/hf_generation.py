@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,6 +54,9 @@ class HfEngine:
         self._tokenizer = load_tokenizer(tokenizer)
         self._stop_token_ids = sorted(load_eos_token_ids(model, revision, self._tokenizer))
         self._inbox = Inbox()
+        self._version = 0
+        self._started = 0
+        self._queue: deque[tuple[int, list[int], schema.Sampling, int]] = deque()
         self.max_model_len = max_model_len
         self.vocab_size = int(self._model.config.vocab_size)
 
@@ -62,6 +66,26 @@ class HfEngine:
     ) -> list[Sample]:
         """One response for each prompt, in order; a response depends on its prompt, its seed and the weights alone."""
         return [self._sample(list(prompt), sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def start(self, prompts: Sequence[Sequence[int]], sampling: schema.Sampling, *, seeds: Sequence[int]) -> list[int]:
+        """Queues the same responses, and gives their numbers."""
+        first = self._started
+        self._started += len(prompts)
+        numbers = list(range(first, self._started))
+        for number, prompt, seed in zip(numbers, prompts, seeds, strict=True):
+            self._queue.append((number, list(prompt), sampling, seed))
+        return numbers
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Sample]]:
+        """The next response of the queue, whole."""
+        if not self._queue:
+            return []
+        number, prompt, sampling, seed = self._queue.popleft()
+        return [(number, self._sample(prompt, sampling, seed))]
+
+    def restart(self) -> None:
+        """What has not ended has not begun."""
 
     def _sample(self, prompt: list[int], sampling: schema.Sampling, seed: int) -> Sample:
         random = torch.Generator().manual_seed(seed)
@@ -85,12 +109,15 @@ class HfEngine:
             logprobs.append(float(distribution[token]))
             fresh = [token]
             if token in self._stop_token_ids:
-                return Sample(tokens, logprobs, True, self._text(prompt + tokens[:-1])[len(before) :])
+                return self._made(tokens, logprobs, True, self._text(prompt + tokens[:-1])[len(before) :])
             text = self._text(prompt + tokens)[len(before) :]
             ends = [text.index(stop) for stop in sampling.stop if stop in text]
             if ends and len(tokens) >= sampling.min_new_tokens:
-                return Sample(tokens, logprobs, True, text[: min(ends)])
-        return Sample(tokens, logprobs, False, self._text(prompt + tokens)[len(before) :])
+                return self._made(tokens, logprobs, True, text[: min(ends)])
+        return self._made(tokens, logprobs, False, self._text(prompt + tokens)[len(before) :])
+
+    def _made(self, tokens: list[int], logprobs: list[float], finished: bool, text: str) -> Sample:
+        return Sample(tokens, logprobs, finished, text, [self._version] * len(tokens))
 
     def _text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
@@ -119,7 +146,10 @@ class HfEngine:
         self, spec: TransportSpec, version: int, *, first_rank: int, load: bool = True
     ) -> list[ReceivedWeights]:
         """Takes a transfer of weights and loads them; a list of one."""
-        return [self._inbox.take(spec, version, rank=first_rank, load=self._load if load else lambda arriving: None)]
+        load_them = self._load if load else lambda arriving: None
+        received = [self._inbox.take(spec, version, rank=first_rank, load=load_them)]
+        self._version = version
+        return received
 
     @torch.no_grad()
     def _load(self, arriving: Iterable[tuple[str, Tensor]]) -> None:

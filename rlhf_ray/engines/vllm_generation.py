@@ -114,6 +114,10 @@ class VllmEngine:
         self._lora = lora
         self._inbox = Inbox()
         self._loads = 0
+        self._started = 0
+        # Prompts and parameters of what was started and has not ended, and what has ended and was not given yet.
+        self._unfinished: dict[int, tuple[list[int], Any]] = {}
+        self._ended: list[tuple[int, Sample]] = []
         # vLLM's request for the adapter of the present version; None: the model as it was loaded.
         self._adapter: Any = None
         gpu = torch.cuda.is_available()
@@ -133,6 +137,7 @@ class VllmEngine:
             arguments |= _adapter_arguments(lora, layer_names(model_config, lora))
         source = {"model": model, "revision": revision, "tokenizer": tokenizer}
         self._llm: Any = _start(source | arguments, config, model_config, gpu=gpu)
+        self._llm.llm_engine.set_weight_version("0")
         self._block = self._llm.llm_engine.vllm_config.cache_config.block_size if config.prefix_caching else 0
 
     @property
@@ -159,8 +164,32 @@ class VllmEngine:
         self, prompts: Sequence[Sequence[int]], sampling: schema.Sampling, *, seeds: Sequence[int]
     ) -> list[Sample]:
         """One response for each prompt, in order; a response depends on its prompt, its seed and the weights alone."""
+        return [_sample(result) for result in self._run(prompts, self._parameters(sampling, seeds))]
+
+    def start(self, prompts: Sequence[Sequence[int]], sampling: schema.Sampling, *, seeds: Sequence[int]) -> list[int]:
+        """Queues the same responses, and gives their numbers, which were never given before; `step` generates them."""
+        parameters = self._parameters(sampling, seeds)
+        requests = [(list(prompt), one) for prompt, one in zip(prompts, parameters, strict=True)]
+        numbers = [self._add(*request) for request in requests]
+        self._unfinished.update(zip(numbers, requests, strict=True))
+        return numbers
+
+    def step(self) -> list[tuple[int, Sample]]:
+        """One step of all that was started; numbers and responses that have ended since the last call."""
+        if self._unfinished and not self._ended:
+            self._advance()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def restart(self) -> None:
+        """Every response that was started and has not ended begins anew: from its prompt, with its seed."""
+        self._llm.llm_engine.abort_request([str(number) for number in self._unfinished])
+        for number, request in self._unfinished.items():
+            self._add(*request, number=number)
+
+    def _parameters(self, sampling: schema.Sampling, seeds: Sequence[int]) -> list[Any]:
         vllm = _vllm()
-        parameters = [
+        return [
             vllm.SamplingParams(
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
@@ -177,18 +206,6 @@ class VllmEngine:
             )
             for seed in seeds
         ]
-        samples = []
-        for result in self._run(prompts, parameters):
-            output = result.outputs[0]
-            samples.append(
-                Sample(
-                    token_ids=list(output.token_ids),
-                    logprobs=list(output.logprobs.logprobs),
-                    finished=output.finish_reason == "stop",
-                    text=output.text,
-                )
-            )
-        return samples
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """For each prompt the log-probability of each token at temperature 1, computed afresh; 0 for the first."""
@@ -210,8 +227,27 @@ class VllmEngine:
         return found
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
-        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        results: list[Any] = self._llm.generate(requests, list(parameters), use_tqdm=False, lora_request=self._adapter)
+        """vLLM's results for these requests alone; what was started before goes on meanwhile."""
+        numbers = [self._add(list(prompt), one) for prompt, one in zip(prompts, parameters, strict=True)]
+        found: dict[int, Any] = {}
+        while len(found) < len(numbers):
+            found |= self._advance()
+        return [found[number] for number in numbers]
+
+    def _add(self, prompt: list[int], parameters: Any, *, number: int | None = None) -> int:
+        if number is None:
+            number, self._started = self._started, self._started + 1
+        parameters.output_kind = _final_only()
+        request = {"type": "token", "prompt_token_ids": prompt}
+        self._llm.llm_engine.add_request(str(number), request, parameters, lora_request=self._adapter)
+        return number
+
+    def _advance(self) -> dict[int, Any]:
+        """One step of vLLM; results, by number, of what was not started by `start`."""
+        results = {int(result.request_id): result for result in self._llm.llm_engine.step()}
+        for number in sorted(results.keys() & self._unfinished.keys()):
+            del self._unfinished[number]
+            self._ended.append((number, _sample(results.pop(number))))
         return results
 
     def receive(
@@ -228,19 +264,23 @@ class VllmEngine:
             arrived = self._inbox.take(spec, version, rank=first_rank, load=tensors.update)
             if load:
                 self._load_adapter(self._lora, tensors, version)
+            self._llm.llm_engine.set_weight_version(str(version))
             return [arrived]
         plain = {"first_rank": first_rank, "version": version, "load": load}
         results = self._llm.collective_rpc("rlhf_receive", args=(spec.as_dict(),), kwargs=plain)
+        self._llm.llm_engine.set_weight_version(str(version))
         return [ReceivedWeights(**result) for result in results]
 
     def _load_adapter(self, lora: schema.Lora, tensors: Mapping[str, Tensor], version: int) -> None:
         """Puts the adapter into vLLM's one place for it, under an id and a name that were never used before.
 
-        Its prefix cache knows an adapter by its name and path, its workers by the id.
+        Its prefix cache knows an adapter by its name and path, its workers by the id. Unfinished responses hold on to
+        the id that they began with: its adapter is replaced.
         """
-        self._loads += 1
+        under_way = bool(self._unfinished) and self._adapter is not None
+        self._loads += not under_way
         with adapter_files(lora, tensors, base=self._model) as path:
-            adapter = _lora_request()(f"policy@{version}", self._loads, str(path))
+            adapter = _lora_request()(f"policy@{version}", self._loads, str(path), load_inplace=under_way)
             try:
                 self._llm.llm_engine.add_lora(adapter)
             except ValueError as error:
@@ -248,15 +288,16 @@ class VllmEngine:
                     f"policy.lora: vLLM cannot use this adapter ({error}); choose other target_modules, or set "
                     "generator.engine=hf"
                 ) from error
-        self._adapter = adapter
+        if not under_way:
+            self._adapter = adapter
 
     def reset_prefix_cache(self) -> None:
-        """Forgets keys and values of the weights before.
+        """Forgets keys and values of the weights before; those of unfinished responses are computed anew.
 
         Raises:
             WeightSyncError: the cache is in use.
         """
-        if not self._llm.reset_prefix_cache():
+        if not self._llm.reset_prefix_cache(reset_running_requests=bool(self._unfinished)):
             raise WeightSyncError("the engine's prefix cache cannot be reset while requests are running")
 
     def memory_gib(self) -> float:
@@ -272,6 +313,17 @@ class VllmEngine:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             gc.collect()
+
+
+def _sample(result: Any) -> Sample:
+    output = result.outputs[0]
+    return Sample(
+        token_ids=list(output.token_ids),
+        logprobs=list(output.logprobs.logprobs),
+        finished=output.finish_reason == "stop",
+        text=output.text,
+        versions=[int(span.version) for span in output.weight_versions for _ in range(span.start, span.end)],
+    )
 
 
 def _start(arguments: Mapping[str, Any], config: schema.Generator, model: PretrainedConfig, *, gpu: bool) -> Any:
@@ -345,6 +397,12 @@ def _check_takes_adapters(name: str, model: PretrainedConfig) -> None:
 
 def _head_dim(model: PretrainedConfig) -> int:
     return int(getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads)
+
+
+def _final_only() -> Any:
+    from vllm.sampling_params import RequestOutputKind
+
+    return RequestOutputKind.FINAL_ONLY
 
 
 def _lora_request() -> Any:

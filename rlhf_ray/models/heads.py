@@ -2,8 +2,7 @@
 
 All of them are called alike: (tokens [R, N], position_ids [R, N], wanted [R, N], temperature, entropy) ->
 (log-probabilities [M] of the wanted tokens in row order, their entropies [M], values [R, N] after each token), with
-None for what was not asked for and what the network does not have. Those that learn from pairs take as a sixth argument
-which positions see which ones [R, 1, N, N]; without it a position sees those on its left.
+None for what was not asked for and what the network does not have.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from rlhf_ray.algorithms.logprobs import (
     token_logprobs,
     token_logprobs_and_entropy,
 )
+from rlhf_ray.models.attention import rows_of
 
 Head: TypeAlias = Literal["none", "value", "both", "score"]
 NetworkOutput: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -79,23 +79,25 @@ class LanguageModel(nn.Module):
             language_model.get_output_embeddings().__class__ = OutputLayer
 
     def forward(
+        self, tokens: Tensor, position_ids: Tensor, wanted: Tensor, temperature: float, entropy: Entropy
+    ) -> NetworkOutput:
+        """Log-probabilities and entropies only."""
+        return *self._judge(tokens, position_ids, wanted, temperature, entropy, with_states=False)[:2], None
+
+    def _judge(
         self,
         tokens: Tensor,
         position_ids: Tensor,
         wanted: Tensor,
         temperature: float,
         entropy: Entropy,
-        attention: Tensor | None = None,
-    ) -> NetworkOutput:
-        """Log-probabilities and entropies only."""
-        inputs = _inputs(tokens, position_ids, attention)
-        return *self._judge(inputs, wanted, temperature, entropy, with_states=False)[:2], None
-
-    def _judge(
-        self, inputs: dict[str, Any], wanted: Tensor, temperature: float, entropy: Entropy, *, with_states: bool
+        *,
+        with_states: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities, entropies, and the last hidden states [R, N, H]; None where nobody asks for them."""
-        tokens = inputs["input_ids"]
+        # Packing needs exactly this: no attention mask and no cache, else rows of a pack see each other.
+        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": position_ids, "use_cache": False}
+        inputs |= rows_of(self.language_model, position_ids)
         if self.projects:
             hidden = self.language_model.base_model(**inputs).last_hidden_state
             output_layer = self.language_model.get_output_embeddings()
@@ -110,11 +112,6 @@ class LanguageModel(nn.Module):
             logits, tokens, temperature=temperature, entropy_gradient=entropy == "trained"
         )
         return logprobs[wanted], entropies[wanted], hidden
-
-
-def _inputs(tokens: Tensor, position_ids: Tensor, attention: Tensor | None) -> dict[str, Any]:
-    # Packing needs no mask and no cache, else rows of a pack see each other.
-    return {"input_ids": tokens, "position_ids": position_ids, "attention_mask": attention, "use_cache": False}
 
 
 def _predicting_positions(wanted: Tensor) -> Tensor:
@@ -137,7 +134,9 @@ class ValueModel(nn.Module):
         self, tokens: Tensor, position_ids: Tensor, wanted: Tensor, temperature: float, entropy: Entropy
     ) -> NetworkOutput:
         """Values only."""
-        output = self.trunk(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        output = self.trunk(
+            input_ids=tokens, position_ids=position_ids, use_cache=False, **rows_of(self.trunk, position_ids)
+        )
         return None, None, self.value_head(output.last_hidden_state)
 
 
@@ -149,17 +148,10 @@ class PolicyWithValueHead(LanguageModel):
         self.value_head = ValueHead(hidden_size(language_model), language_model.dtype)
 
     def forward(
-        self,
-        tokens: Tensor,
-        position_ids: Tensor,
-        wanted: Tensor,
-        temperature: float,
-        entropy: Entropy,
-        attention: Tensor | None = None,
+        self, tokens: Tensor, position_ids: Tensor, wanted: Tensor, temperature: float, entropy: Entropy
     ) -> NetworkOutput:
         """Log-probabilities, entropies and values."""
-        inputs = _inputs(tokens, position_ids, attention)
-        logprobs, entropies, hidden = self._judge(inputs, wanted, temperature, entropy, with_states=True)
+        logprobs, entropies, hidden = self._judge(tokens, position_ids, wanted, temperature, entropy, with_states=True)
         return logprobs, entropies, self.value_head(hidden)
 
 
@@ -171,16 +163,12 @@ class RewardModel(nn.Module):
         self.classifier = classifier
 
     def forward(
-        self,
-        tokens: Tensor,
-        position_ids: Tensor,
-        wanted: Tensor,
-        temperature: float,
-        entropy: Entropy,
-        attention: Tensor | None = None,
+        self, tokens: Tensor, position_ids: Tensor, wanted: Tensor, temperature: float, entropy: Entropy
     ) -> NetworkOutput:
         """Values only: the score that a row would have if it ended with this token."""
-        output = self.classifier.base_model(**_inputs(tokens, position_ids, attention))
+        output = self.classifier.base_model(
+            input_ids=tokens, position_ids=position_ids, use_cache=False, **rows_of(self.classifier, position_ids)
+        )
         scores: Tensor = self.classifier.score(output.last_hidden_state).squeeze(-1)
         return None, None, scores.to(torch.promote_types(scores.dtype, torch.float32))
 

@@ -10,6 +10,7 @@ from rlhf_ray.distributed.placement import RoleRequest
 from rlhf_ray.stages.actors import Actors, generator_request, learner_request, reference_request, scorer_requests
 from rlhf_ray.stages.site import LearnerParts, Site
 from rlhf_ray.trainers.ppo import KlController, PpoGroups, train_ppo
+from rlhf_ray.trainers.sampling import SampleStream
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.learner import Learner
 
@@ -35,8 +36,9 @@ def run_ppo(site: Site, stage: schema.Ppo) -> None:
         learners = {"policy": groups.policy}
         if groups.critic is not None and groups.critic is not groups.policy:
             learners["critic"] = groups.critic
-        run.start_or_resume(LearnerParts(learners, kl))
-        train_ppo(stage, groups, data.train, data.held_out, weights, kl, run)
+        samples = SampleStream(stage, groups.generator, data.train)
+        run.start_or_resume(LearnerParts(learners, kl, samples=samples))
+        train_ppo(stage, groups, samples, data.held_out, weights, kl, run)
         run.finish()
 
 

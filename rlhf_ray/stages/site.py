@@ -23,6 +23,7 @@ from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.models.loading import load_tokenizer, save_new_model
 from rlhf_ray.trainers.durable import write_folder
 from rlhf_ray.trainers.run import DATA, MODEL, RunFolder, StageResult, StageRun
+from rlhf_ray.trainers.sampling import SampleStream
 from rlhf_ray.workers.learner import Learner
 
 DataSet: TypeAlias = TextSet | PreferenceSet | PromptSet
@@ -180,11 +181,13 @@ class LearnerParts:
         learners: the groups by role; `policy` is the one whose model is the result.
         kl: the KL coefficient.
         notes: what the model's config.json says besides, asked for at each saving.
+        samples: of a stage that samples ahead of its learners.
     """
 
     learners: Mapping[str, WorkerGroup[Learner]]
     kl: FixedKlController | AdaptiveKlController | None = None
     notes: Callable[[], dict[str, float]] = dict
+    samples: SampleStream | None = None
 
     def state(self) -> dict[str, Any]:
         """What the trainer itself has to remember."""
@@ -197,10 +200,14 @@ class LearnerParts:
 
     def save(self, folder: Path) -> None:
         """Lets every learner write what it needs to go on."""
+        if self.samples is not None:
+            self.samples.save(folder)
         gather(*(group.all(Learner.save, folder.absolute() / role) for role, group in self.learners.items()))
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote."""
+        if self.samples is not None:
+            self.samples.load(folder)
         gather(*(group.all(Learner.load, folder.absolute() / role) for role, group in self.learners.items()))
 
     def save_model(self, folder: Path) -> None:

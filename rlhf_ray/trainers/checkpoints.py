@@ -61,6 +61,7 @@ _MAY_CHANGE = (
     "reward.*.workers",
     "reward.*.timeout_s",
     "reward.*.batch_size",
+    "chunk_samples",
     "cache",
     "cache_dir",
     "evaluation.every",

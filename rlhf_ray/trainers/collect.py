@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_ray.algorithms.selection import draw_rows, effective_sample_size, pairs_by_margin, tilted_weights
 from rlhf_ray.config import schema
 from rlhf_ray.data.arrow import PARTS
-from rlhf_ray.data.batches import Prompts, Rollouts
+from rlhf_ray.data.batches import Prompts, Rollouts, one_version
 from rlhf_ray.data.collected import Samples, pair_table, text_table, written_texts
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.prompts import PromptSet
@@ -118,7 +118,7 @@ def collect(
         batch = batch_of(config, prompts, iteration)
         rollouts = groups.generator.split(Generator.generate, batch, config.sampling, iteration=iteration).result()
         scores, parts = score_rollouts(config.reward, groups.rewards, rollouts)
-        journal = replace(rollouts, policy_version=origin.policy_version)
+        journal = replace(rollouts, policy_versions=one_version(rollouts.sequences, origin.policy_version))
         run.write_rollouts(journal, scores=scores, parts=parts)
         number = config.sampling.samples_per_prompt
         samples = Samples(

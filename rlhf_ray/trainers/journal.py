@@ -51,7 +51,8 @@ def write_rollouts(
     """Writes one iteration's samples, whole or not at all.
 
     Columns: prompt, response, score, score_<part>, kl (null where not measured), length (response tokens), finished,
-    policy_version, prompt_id, sample_index, answer (JSON), tokens, response_mask, generator_logprobs.
+    policy_version (of the first response token), prompt_id, sample_index, answer (JSON), tokens, response_mask,
+    generator_logprobs, policy_versions (0 outside the response).
     """
     sequences = rollouts.sequences
     lengths = sequences.lengths().tolist()
@@ -63,13 +64,14 @@ def write_rollouts(
         "kl": pa.nulls(len(rollouts), pa.float32()) if kl is None else _floats(kl),
         "length": pa.array(sequences.response_mask.sum(1).numpy(), pa.int32()),
         "finished": pa.array(rollouts.finished.numpy(), pa.bool_()),
-        "policy_version": pa.array([rollouts.policy_version] * len(rollouts), pa.int32()),
+        "policy_version": pa.array(rollouts.oldest_versions().numpy(), pa.int32()),
         "prompt_id": pa.array(rollouts.prompt_ids.numpy(), pa.int64()),
         "sample_index": pa.array(_sample_indices(rollouts.prompt_ids.tolist()), pa.int32()),
         "answer": pa.array([_answer(answer) for answer in rollouts.answers], pa.string()),
         "tokens": _lists(sequences.tokens, lengths, pa.int32()),
         "response_mask": _lists(sequences.response_mask, lengths, pa.bool_()),
         "generator_logprobs": _lists(rollouts.generator_logprobs, lengths, pa.float32()),
+        "policy_versions": _lists(rollouts.policy_versions, lengths, pa.int32()),
     }
     write_table(path, pa.table(columns))
 
@@ -83,9 +85,6 @@ def read_rollouts(path: Path) -> JournalEntry:
             name: _tensor(table, name) for name in table.column_names if name in ("score", "kl") or _is_part(name)
         }
         rows = list(zip(columns["tokens"], columns["response_mask"], columns["generator_logprobs"], strict=True))
-        versions = set(columns["policy_version"])
-        if len(versions) > 1:
-            raise CheckpointError(f"{path}: samples of several policy versions: {sorted(versions)}")
         rollouts = Rollouts(
             sequences=Sequences(
                 tokens=pad_rows([tokens for tokens, _, _ in rows]),
@@ -98,7 +97,7 @@ def read_rollouts(path: Path) -> JournalEntry:
             responses=columns["response"],
             answers=[None if answer is None else json.loads(answer) for answer in columns["answer"]],
             prompt_ids=torch.tensor(columns["prompt_id"], dtype=torch.long),
-            policy_version=versions.pop() if versions else 0,
+            policy_versions=pad_rows(columns["policy_versions"]),
         )
     except (OSError, KeyError, pa.ArrowException) as error:
         raise CheckpointError(f"{path}: not a readable journal of samples: {error}") from error

@@ -10,10 +10,9 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,13 +25,9 @@ from rlhf_ray.data.batches import Experience, Rollouts
 from rlhf_ray.errors import InstallError
 from rlhf_ray.shapes import SequenceFloat
 from rlhf_ray.trainers.durable import write_file
+from rlhf_ray.trainers.metric_rows import FILE, metric_rows
 
 Number = int | float
-FILE = "metrics.jsonl"
-
-_log = logging.getLogger(__name__)
-
-
 # Computing
 
 
@@ -68,28 +63,34 @@ def rollout_metrics(
     return metrics | {f"reward/{name}_mean": float(part.double().mean()) for name, part in (parts or {}).items()}
 
 
-def experience_metrics(experience: Experience, rollouts: Rollouts) -> dict[str, float]:
+def experience_metrics(experience: Experience, rollouts: Rollouts, *, version: int) -> dict[str, float]:
     """Differences between the networks over a batch's response tokens.
+
+    Args:
+        version: of the learner's weights, before the update.
 
     Returns:
         `kl/per_sequence` in nats (k1 summed over a response, mean over sequences), `kl/k1`, `kl/k2`, `kl/k3` per token;
-        `generator/logprob_diff_mean` and `_max`, the absolute difference between generator and learner;
+        `generator/logprob_diff_mean` and `_max`, the absolute difference between generator and learner, of the tokens
+        that were sampled with the learner's weights, where there are any;
         `advantage/mean`, `advantage/std`; and, where there is a critic, `critic/explained_variance` and
         `critic/value_mean`.
     """
     mask = experience.sequences.response_mask
     old, reference = experience.old_logprobs.double(), experience.reference_logprobs.double()
-    difference = torch.where(mask, (old - rollouts.generator_logprobs.double()).abs(), 0.0)
+    own = mask & (rollouts.policy_versions == version)
     advantages = experience.advantages.double()
     advantage_mean = masked_mean(advantages, mask)
     metrics = {
         "kl/per_sequence": float(masked_row_sum(kl.k1(old, reference), mask).mean()),
         **{f"kl/{name}": float(masked_mean(kl.estimator(name)(old, reference), mask)) for name in ("k1", "k2", "k3")},
-        "generator/logprob_diff_mean": float(masked_mean(difference, mask)),
-        "generator/logprob_diff_max": float(difference.max()),
         "advantage/mean": float(advantage_mean),
         "advantage/std": math.sqrt(float(masked_mean((advantages - advantage_mean).square(), mask))),
     }
+    if bool(own.any()):
+        difference = torch.where(own, (old - rollouts.generator_logprobs.double()).abs(), 0.0)
+        metrics["generator/logprob_diff_mean"] = float(masked_mean(difference, own))
+        metrics["generator/logprob_diff_max"] = float(difference.max())
     values, returns = experience.values.double(), experience.returns.double()
     if bool((returns != 0).logical_and(mask).any()) or bool((values != 0).logical_and(mask).any()):
         metrics["critic/explained_variance"] = float(explained_variance(values, returns, mask))
@@ -201,12 +202,6 @@ def as_number(name: str, value: Any) -> Number:
     return number
 
 
-def read_metrics(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in order, of one stage or of all; none where there is no file."""
-    rows = (row for _, row in _rows(run_dir / FILE))
-    return [row for row in rows if stage is None or row["stage"] == stage]
-
-
 def check_tracking(tracking: schema.Tracking) -> None:
     """InstallError where a tracker is asked for whose library is missing; to be called before anything is started."""
     if tracking.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -220,26 +215,15 @@ def _no_wandb() -> InstallError:
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line with its row; lines that are no row are skipped (a kill can tear the last one)."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                yield line.rstrip("\n") + "\n", {**row, "stage": str(row["stage"]), "iteration": int(row["iteration"])}
-            except (ValueError, TypeError, KeyError):
-                _log.warning("%s:%d: not a row of metrics, skipped", path, number)
-
-
 def _drop_rows_after(path: Path, stage: str, iteration: int) -> None:
     if not path.exists():
         return
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as file:
-            file.writelines(line for line, row in _rows(path) if row["stage"] != stage or row["iteration"] <= iteration)
+            file.writelines(
+                line for line, row in metric_rows(path) if row["stage"] != stage or row["iteration"] <= iteration
+            )
 
     write_file(path, write)
 

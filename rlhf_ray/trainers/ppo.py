@@ -1,7 +1,8 @@
 """Proximal policy optimization (arXiv:1707.06347) and its relatives without a critic.
 
-One iteration: the generators sample responses, the scorers and networks judge them, the learners
-update policy and critic, and the new weights go to the generators.
+One iteration: the generators sample responses, the scorers and networks judge those that are finished, the learners
+update policy and critic, and the new weights go to the generators. With staleness the next responses are sampled
+meanwhile, with the weights that the generators have.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from rlhf_ray.algorithms.masked import masked_whiten
 from rlhf_ray.algorithms.policy_losses import ClippedPolicyLoss, KlLoss, ValueLoss, truncated_importance_weights
 from rlhf_ray.algorithms.rewards import shape_scores, token_rewards
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Experience, Rollouts
+from rlhf_ray.data.batches import Batch, Experience, Rollouts
 from rlhf_ray.data.prompts import PromptSet
-from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather
+from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather, merge
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum, worker_metrics
 from rlhf_ray.trainers.metrics import experience_metrics, prefixed, rollout_metrics
 from rlhf_ray.trainers.reference import reference_logprobs
 from rlhf_ray.trainers.run import StageRun
+from rlhf_ray.trainers.sampling import Piece, SampleStream
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.learner import Learner, Values
@@ -60,7 +62,7 @@ class PpoGroups:
 def train_ppo(
     config: schema.Ppo,
     groups: PpoGroups,
-    prompts: PromptSet,
+    samples: SampleStream,
     held_out: PromptSet | None,
     weights: WeightSync,
     kl: KlController,
@@ -71,22 +73,20 @@ def train_ppo(
     if run.iteration == 0:
         run.record(evaluate(config, groups, held_out, run, iteration=0))
     for iteration in run.remaining():
-        batch = prompts.batch(iteration - 1, config.prompts_per_iteration)
-        rollouts = groups.generator.split(
-            Generator.generate, batch, config.sampling, iteration=iteration
-        ).result()  # y ~ pi_old(.|x)
-        parts, reference, old, values = gather_judgements(config, groups, rollouts)
+        asked = [judge(config, groups, piece) for piece in samples.pieces(iteration)]  # y ~ pi(.|x)
+        rollouts, parts, reference, old, values = gather_judgements(groups, asked)
         scores = weighted_sum(config.reward, parts)
         experience, summary = make_experience(config, rollouts, scores, reference, old, values, kl.coefficient)
         run.write_rollouts(rollouts, scores=scores, parts=parts, kl=summary.kl_per_sequence)
-        if config.attests_rollouts:
-            weights.check_rollouts(rollouts, old)
+        own = iteration - 1  # the version of the learner's weights
+        attested = weights.check_rollouts(rollouts, old, version=own) if config.attests_rollouts else {}
         losses = update(config, groups, experience, kl.coefficient, iteration)
-        metrics = rollout_metrics(rollouts, scores, parts) | experience_metrics(experience, rollouts) | summary.metrics
-        metrics["kl/coefficient"] = kl.coefficient
-        metrics["generator/policy_version_lag"] = iteration - 1 - rollouts.policy_version
+        metrics = rollout_metrics(rollouts, scores, parts) | experience_metrics(experience, rollouts, version=own)
+        metrics |= summary.metrics | attested | {"kl/coefficient": kl.coefficient}
+        metrics["generator/policy_version_lag"] = float((own - rollouts.oldest_versions()).max())
         if summary.kl_per_sequence is not None:
             kl.update(float(summary.kl_per_sequence.mean()), len(rollouts))
+        samples.wait()
         metrics |= losses | weights.sync(version=iteration)
         metrics |= worker_metrics(memory_asked(groups), groups.rewards)
         metrics = {name: value for name, value in metrics.items() if not name.startswith(unmeasured(config))}
@@ -139,31 +139,64 @@ def evaluation_sampling(config: schema.Ppo) -> schema.Sampling:
     )
 
 
-def gather_judgements(
-    config: schema.Ppo, groups: PpoGroups, rollouts: Rollouts
-) -> tuple[dict[str, SequenceFloat], TokenFloat, TokenFloat, Values]:
-    """Each scorer's scores [B] by name, log pi_ref and log pi_old [B, T], and the values, asked for at once."""
-    temperature = config.sampling.temperature
-    sequences = rollouts.sequences
-    scores = [group.split(RewardScorer.score, rollouts) for group in groups.rewards.values()]
-    reference = (
-        None
-        if config.kl_place == "off"
-        else reference_logprobs(groups.reference, groups.policy, sequences, temperature)
-    )
-    recompute = config.old_logprobs == "learner"
-    old = groups.policy.split(Learner.logprobs, sequences) if recompute else None
-    values = groups.critic and groups.critic.split(Learner.values, sequences)
-    asked: list[Pending[Any]] = [*scores, *(pending for pending in (reference, old, values) if pending)]
-    gather(*asked)  # whichever fails first is raised at once
+@dataclass(frozen=True)
+class Judging:
+    """What the scorers and networks were asked about some samples; None where nobody is asked."""
 
-    old_logprobs = old.result() if old else rollouts.generator_logprobs
+    piece: Piece
+    scores: list[Pending[SequenceFloat]]
+    reference: Pending[TokenFloat] | None
+    old: Pending[TokenFloat] | None
+    values: Pending[Values] | None
+
+    @property
+    def asked(self) -> list[Pending[Any]]:
+        """All that is on its way."""
+        return [*self.scores, *(pending for pending in (self.reference, self.old, self.values) if pending)]
+
+
+def judge(config: schema.Ppo, groups: PpoGroups, piece: Piece) -> Judging:
+    """Asks for each scorer's scores [C], log pi_ref and log pi_old [C, T] and the values, all at once."""
+    temperature = config.sampling.temperature
+    sequences = piece.rollouts.sequences
+    return Judging(
+        piece=piece,
+        scores=[group.split(RewardScorer.score, piece.rollouts) for group in groups.rewards.values()],
+        reference=None
+        if config.kl_place == "off"
+        else reference_logprobs(groups.reference, groups.policy, sequences, temperature),
+        old=groups.policy.split(Learner.logprobs, sequences) if config.old_logprobs == "learner" else None,
+        values=None if groups.critic is None else groups.critic.split(Learner.values, sequences),
+    )
+
+
+def gather_judgements(
+    groups: PpoGroups, judged: list[Judging]
+) -> tuple[Rollouts, dict[str, SequenceFloat], TokenFloat, TokenFloat, Values]:
+    """All samples, each scorer's scores [B] by name, log pi_ref and log pi_old [B, T], and the values, in row order."""
+    gather(*(pending for judging in judged for pending in judging.asked))  # whichever fails first is raised at once
+    order = torch.cat([judging.piece.rows for judging in judged]).argsort()
+
+    def whole(parts: list[Any]) -> Any:
+        joined = merge(parts)
+        return joined.select(order.tolist()) if isinstance(joined, Batch) else joined[order]
+
+    def results(pending: list[Pending[Any] | None]) -> Any:
+        return whole([item.result() for item in pending if item]) if all(pending) else None
+
+    rollouts = whole([judging.piece.rollouts for judging in judged])
+    scores = zip(*(judging.scores for judging in judged), strict=True)
+    old = results([judging.old for judging in judged])
+    old = rollouts.generator_logprobs if old is None else old
+    reference = results([judging.reference for judging in judged])
+    values = results([judging.values for judging in judged])
     zeros = torch.zeros_like(rollouts.generator_logprobs)
     return (
-        dict(zip(groups.rewards, (pending.result() for pending in scores), strict=True)),
-        reference.result() if reference else old_logprobs,
-        old_logprobs,
-        values.result() if values else Values(zeros, zeros[:, 0]),
+        rollouts,
+        {name: results(list(found)) for name, found in zip(groups.rewards, scores, strict=True)},
+        old if reference is None else reference,
+        old,
+        Values(zeros, zeros[:, 0]) if values is None else values,
     )
 
 

@@ -17,7 +17,7 @@
 
 The folder:
 
-    config.yaml  metrics.jsonl  tensorboard/
+    config.yaml  metrics.jsonl  trace.json  tensorboard/
     <stage>/rollouts/iteration_000001.parquet     every sample
     <stage>/evaluation/iteration_000000.parquet   every sample of an evaluation
     <stage>/evaluation/preferences_000060.json    what the scores of held-out pairs say
@@ -50,7 +50,7 @@ from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.data.arrow import PARTS
 from rlhf_ray.data.batches import Rollouts
 from rlhf_ray.distributed.faults import fault
-from rlhf_ray.distributed.tracing import Recorder, Span, busy_seconds, seconds_by_method
+from rlhf_ray.distributed.tracing import DRIVER, Recorder, Span
 from rlhf_ray.errors import CheckpointError, ConfigError, Interrupted, UserError
 from rlhf_ray.shapes import SequenceFloat
 from rlhf_ray.trainers.checkpoints import (
@@ -63,10 +63,14 @@ from rlhf_ray.trainers.checkpoints import (
 )
 from rlhf_ray.trainers.durable import recover_folder, remove_folder, write_folder, write_text
 from rlhf_ray.trainers.journal import read_rollouts, write_rollouts
-from rlhf_ray.trainers.metrics import FILE as METRICS
-from rlhf_ray.trainers.metrics import MetricLog, Number, read_metrics
+from rlhf_ray.trainers.metric_rows import FILE as METRICS
+from rlhf_ray.trainers.metric_rows import read_metrics
+from rlhf_ray.trainers.metrics import MetricLog, Number
 from rlhf_ray.trainers.model_card import write_model_card
 from rlhf_ray.trainers.preference_report import PreferenceReport, report_tables, write_report
+from rlhf_ray.trainers.timing import Stopwatch, span_metrics
+from rlhf_ray.trainers.trace import FILE as TRACE
+from rlhf_ray.trainers.trace import TraceFile
 from rlhf_ray.trainers.view import SamplePair, Summary, Unit, View, open_view
 
 CONFIG = "config.yaml"
@@ -76,7 +80,6 @@ DONE = "done.json"
 BEST = "best.json"
 SHOWN_SAMPLES = 3
 _MINIMISED = ("loss", "perplexity", "error")
-_QUESTIONS = ("memory", "counts")  # what workers are asked for metrics, which is no phase of an iteration
 
 
 class Parts(Protocol):
@@ -309,6 +312,7 @@ class StageRun:
         self._view = view or open_view(stage.name, total, recorder, unit=self._unit)
         self._stop = _StopRequest(self._on_stop)
         self._log: MetricLog | None = None
+        self._trace: TraceFile | None = None
         self._parts: Parts | None = None
         self._saved: int | None = None
         self._first_evaluation: dict[str, float] = {}
@@ -316,10 +320,10 @@ class StageRun:
         self._last_metrics: dict[str, Number] = {}
         self._last_report: PreferenceReport | None = None
         self._elapsed_s = 0.0
-        self._session_start = self._iteration_start = time.monotonic()
+        self._session_start = time.monotonic()
+        self._stopwatch = Stopwatch()
         self._pending: dict[str, float] = {}
         self._spans: list[Span] = []
-        self._tokens: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -332,6 +336,9 @@ class StageRun:
     ) -> None:
         self._stop.restore()
         try:
+            if self._trace is not None:
+                self._take_spans()
+                self._trace.close()
             if self._log is not None:
                 self._log.close()
         finally:
@@ -353,6 +360,7 @@ class StageRun:
             CheckpointError: no checkpoint is intact, or it was written with settings that give another result.
         """
         self._parts = parts
+        self._trace = TraceFile(self._run_dir / TRACE)
         self._checkpoints.clean()
         for name in ("best", MODEL):
             recover_folder(self.folder / name)
@@ -365,8 +373,8 @@ class StageRun:
         )
         self._stop.install()
         self._stop.finish_first = True
-        self._recorder.drain()
-        self._session_start = self._iteration_start = time.monotonic()
+        self._session_start = time.monotonic()
+        self._begin_iteration()
         return handle is not None
 
     def _restore(self, handle: CheckpointHandle, parts: Parts) -> None:
@@ -400,10 +408,11 @@ class StageRun:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Time and tokens within are the evaluation's (`time/evaluation_s`), not the training's."""
-        self._spans += self._recorder.drain()
+        self._spans += self._take_spans()
         start = time.monotonic()
-        yield
-        self._recorder.drain()
+        with self._recorder.driver("evaluation"):
+            yield
+        self._take_spans()
         self._pending["time/evaluation_s"] = time.monotonic() - start
 
     def evaluation_due(self, iteration: int, *, every: int) -> bool:
@@ -420,9 +429,8 @@ class StageRun:
     ) -> None:
         """Keeps the samples of the iteration under way, before anything is learnt from them."""
         path = self.folder / "rollouts" / f"{folder_name(self.iteration + 1)}.parquet"
-        write_rollouts(path, rollouts, scores=scores, parts=parts, kl=kl)
-        total = float(rollouts.sequences.attention_mask.sum())
-        self._tokens = {"response": float(rollouts.sequences.response_mask.sum()), "all": total}
+        with self._recorder.driver("write rollouts"):
+            write_rollouts(path, rollouts, scores=scores, parts=parts, kl=kl)
 
     def write_evaluation(
         self,
@@ -450,11 +458,11 @@ class StageRun:
             Interrupted: a stop was requested; the checkpoint is written.
         """
         iteration = self.iteration + 1
-        seconds = time.monotonic() - self._iteration_start
-        spans = [*self._spans, *self._recorder.drain()]
-        tokens = self._tokens or {"all": float(metrics.get("policy/tokens", 0))}
-        training_s = seconds - self._pending.get("time/evaluation_s", 0.0)
-        timing = span_metrics(spans, wall_s=training_s, tokens=tokens) | {"time/iteration_s": seconds}
+        window = self._stopwatch.read()
+        whole = Span(DRIVER, 0, "iteration", window.start, window.end, iteration, cpu_s=window.cpu_s)
+        spans = [*self._spans, *self._take_spans(whole)]
+        evaluation_s = self._pending.get("time/evaluation_s", 0.0)
+        timing = span_metrics(spans, self._recorder.active(), window, evaluation_s=evaluation_s)
         fault("commit", role="driver", rank=0, iteration=iteration)
         self._log_row(iteration, {**metrics, **timing, **self._pending})
         self.iteration = iteration
@@ -515,9 +523,20 @@ class StageRun:
         self._view.iteration(iteration, numbers)
 
     def _begin_iteration(self) -> None:
-        self._pending, self._spans, self._tokens = {}, [], {}
-        self._recorder.drain()
-        self._iteration_start = time.monotonic()
+        self._pending, self._spans = {}, []
+        self._take_spans()
+        self._recorder.iteration = min(self.iteration + 1, self.total)
+        self._stopwatch = Stopwatch()
+
+    def _take_spans(self, *own: Span) -> list[Span]:
+        """The spans since the last time, which are in the trace from now on."""
+        spans = [*own, *self._recorder.drain()]
+        self._open_trace().write(self._stage.name, spans)
+        return spans
+
+    def _open_trace(self) -> TraceFile:
+        assert self._trace is not None, "start_or_resume comes first"
+        return self._trace
 
     def _checkpoint(self) -> None:
         if self._saved == self.iteration:
@@ -525,7 +544,9 @@ class StageRun:
         assert self._log is not None, "start_or_resume comes first"
         parts = self._trainer_parts()
         self._log.sync()
+        self._open_trace().sync()
         start = time.monotonic()
+        self._recorder.iteration = self.iteration
         state = RunState(
             stage=self._stage.name,
             iteration=self.iteration,
@@ -535,7 +556,8 @@ class StageRun:
             first_evaluation=self._first_evaluation,
             last_evaluation=self._last_evaluation,
         )
-        self._checkpoints.write(state, parts.save)
+        with self._recorder.driver("checkpoint"):
+            self._checkpoints.write(state, parts.save)
         self._saved = self.iteration
         self._begin_iteration()
         # Rows are written before the checkpoint that knows them, so its time stands in the next one.
@@ -573,7 +595,8 @@ class StageRun:
             for name, text in (notes or {}).items():
                 (folder / name).write_text(text, encoding="utf-8")
 
-        write_folder(target, write)
+        with self._recorder.driver(f"write {target.name}"):
+            write_folder(target, write)
 
     def _write_card(self, folder: Path, row: Mapping[str, Any]) -> None:
         model = self._stage.policy.model
@@ -587,7 +610,7 @@ class StageRun:
             after={
                 name: value
                 for name, value in row.items()
-                if isinstance(value, int | float) and "/" in name and not name.startswith(("time/", "sync/"))
+                if isinstance(value, int | float) and "/" in name and not name.startswith(("time/", "sync/", "driver/"))
             },
         )
 
@@ -649,45 +672,6 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
     if best is None:
         return True
     return value < best if any(word in metric for word in _MINIMISED) else value > best
-
-
-# Calls that pass over an iteration's tokens; the policy's rate is that of learning, not of its log-probabilities.
-_RATED = ("generate", "score", "logprobs", "answer_logprobs", "update")
-_NO_RATE = (("policy", "logprobs"),)
-
-
-def span_metrics(spans: list[Span], *, wall_s: float, tokens: Mapping[str, float]) -> dict[str, float]:
-    """Times, rates and busy shares from the calls of one iteration.
-
-    Args:
-        spans: the calls.
-        wall_s: seconds of the iteration without its evaluation.
-        tokens: `response`: sampled tokens, and `all`: prompt and response; either may be missing.
-
-    Returns:
-        `time/<phase>_s` (of the slowest worker), `<role>/busy_share` (mean over its workers), and
-        `<role>/tokens_per_s`: sampled tokens for the generator, prompt and response for the others.
-    """
-    metrics: dict[str, float] = {}
-    for (role, method), seconds in seconds_by_method(spans).items():
-        if method in _QUESTIONS:
-            continue
-        name = f"time/{phase_name(role, method)}_s"
-        metrics[name] = metrics.get(name, 0.0) + seconds
-        count = tokens.get("response" if method == "generate" else "all", 0.0)
-        if count and seconds > 0 and (role, method) not in _NO_RATE and method in _RATED:
-            metrics[f"{role}/tokens_per_s"] = count / seconds
-    workers: dict[str, set[int]] = {}
-    for span in spans:
-        workers.setdefault(span.role, set()).add(span.rank)
-    for role, seconds in busy_seconds(spans).items():
-        metrics[f"{role}/busy_share"] = min(seconds / len(workers[role]) / max(wall_s, 1e-9), 1.0)
-    return metrics
-
-
-def phase_name(role: str, method: str) -> str:
-    """`generate` for the generators' sampling, else role and method: `policy_update`."""
-    return method if method == "generate" else f"{role}_{method}".replace("/", "_")
 
 
 class _StopRequest:

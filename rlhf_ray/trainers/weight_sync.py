@@ -79,38 +79,58 @@ class WeightSync:
             WeightSyncError: a tensor is missing, was not sent, or differs; the version is another one; or the probe
                 batch is too far from the learner's. Names the generator and the worst tensor or token.
         """
-        # A transport that failed is not used again: only after success is it kept.
-        spec = dataclasses.replace(self._spec or self._new_spec(), session=self._session)
-        self._spec, self._session = None, self._session + 1
         start = time.perf_counter()
-        sent, received = gather(
-            self._policy.all(Learner.send_weights, spec, version),
-            self._generator.all(Generator.receive_weights, spec, version),
-        )
-        seconds = time.perf_counter() - start
-        check_arrivals(sent[0], received)
+        self._generator.all(Generator.fill_cache).result()
+        filled = time.perf_counter()
+        sent = self.transfer(version)
+        arrived = time.perf_counter()
         mean, largest = self._attest(version)
-        self._spec = spec
+        seconds = arrived - filled
         return {
             "sync/time_s": seconds,
-            "sync/gib_per_s": sent[0].nbytes / 2**30 / seconds,
-            "sync/bytes": float(sent[0].nbytes),
-            "sync/share_of_model": sent[0].nbytes / self._model_bytes,
+            "sync/gib_per_s": sent.nbytes / 2**30 / seconds,
+            "sync/bytes": float(sent.nbytes),
+            "sync/share_of_model": sent.nbytes / self._model_bytes,
             "sync/probe_time_s": time.perf_counter() - start - seconds,
             "sync/probe_diff_mean": mean,
             "sync/probe_diff_max": largest,
         }
 
-    def check_rollouts(self, rollouts: Rollouts, logprobs: TokenFloat) -> None:
-        """Raises WeightSyncError, with the worst token, where log-probabilities [B, T] are not the learner's."""
-        mask = rollouts.sequences.response_mask
+    def transfer(self, version: int) -> SentWeights:
+        """Afterwards every generator has loaded this version, and each tensor's digest was compared; what was sent.
+
+        Raises:
+            WeightSyncError: a tensor is missing, was not sent, or differs; or the version is another one.
+        """
+        # A transport that failed is not used again: only after success is it kept.
+        spec = dataclasses.replace(self._spec or self._new_spec(), session=self._session)
+        self._spec, self._session = None, self._session + 1
+        sent, received = gather(
+            self._policy.all(Learner.send_weights, spec, version),
+            self._generator.all(Generator.receive_weights, spec, version),
+        )
+        check_arrivals(sent[0], received)
+        self._spec = spec
+        return sent[0]
+
+    def check_rollouts(self, rollouts: Rollouts, logprobs: TokenFloat, *, version: int) -> dict[str, float]:
+        """Compares the samples' log-probabilities with the learner's [B, T] of `version` of the weights.
+
+        Only tokens that were sampled with that version say something; their share is `generator/attested_share`.
+
+        Raises:
+            WeightSyncError: they are not the learner's; names the worst token.
+        """
+        response = rollouts.sequences.response_mask
+        mask = response & (rollouts.policy_versions == version)
+        share = {"generator/attested_share": float(mask.sum() / response.sum().clamp(min=1))}
         difference = ((rollouts.generator_logprobs - logprobs).abs() * mask).nan_to_num(nan=torch.inf)
         mean, largest = float(difference.sum() / mask.sum().clamp(min=1)), float(difference.max())
         if mean <= self._limits.mean and largest <= self._limits.max:
-            return
+            return share
         row, position = divmod(int(difference.argmax()), difference.shape[1])
         raise WeightSyncError(
-            f"samples of version {rollouts.policy_version}: generator and learner differ by {mean:.2g} nats in the "
+            f"samples of version {version}: generator and learner differ by {mean:.2g} nats in the "
             f"mean (limit {self._limits.mean:g}) and {largest:.2g} at most (limit {self._limits.max:g}); worst is "
             f"token {position} of row {row} (prompt {int(rollouts.prompt_ids[row])}), id "
             f"{int(rollouts.sequences.tokens[row, position])}: log-probability "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -17,12 +18,41 @@ from rlhf_ray.engines.beam_search import Beam, beam_search
 from rlhf_ray.engines.generation import GenerationEngine, Sample
 from rlhf_ray.engines.hf_generation import HfEngine
 from rlhf_ray.engines.vllm_generation import VllmEngine
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, WeightSyncError
 from rlhf_ray.models.loading import load_eos_token_ids, load_tokenizer
-from rlhf_ray.shapes import TokenFloat
+from rlhf_ray.shapes import SequenceInt, TokenFloat
 
 _PROBE_ROWS = 4
 _GREEDY = schema.Sampling(temperature=0.0, max_new_tokens=1)
+
+
+Interrupted = Literal["keep", "abandon", "refuse"]
+
+
+@dataclass(frozen=True)
+class Finished(Batch):
+    """Responses that have ended while others of their iteration may still be generated.
+
+    Args:
+        rows: [C] places in the iteration's batch, in which siblings are adjacent.
+        rollouts: the responses, in the same order.
+    """
+
+    rows: SequenceInt
+    rollouts: Rollouts
+
+
+@dataclass(frozen=True)
+class _Started:
+    """What was started for an iteration.
+
+    Args:
+        prompts: one for each response.
+        rows: the place of each response that was not given yet, by its number in the engine.
+    """
+
+    prompts: Prompts
+    rows: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -75,6 +105,9 @@ class Generator:
         self._tokenizer = load_tokenizer(tokenizer)
         self._ends = load_eos_token_ids(model, revision, self._tokenizer)
         self.version = 0
+        self._started: dict[int, _Started] = {}
+        # Ended and not given yet, by the engine's numbers, in the order of ending.
+        self._ended: dict[int, Sample] = {}
         engine = VllmEngine if config.engine == "vllm" else HfEngine
         self.engine: GenerationEngine = engine(
             config=config, model=model, revision=revision, tokenizer=tokenizer, max_model_len=max_model_len, lora=lora
@@ -94,11 +127,44 @@ class Generator:
             ConfigError: a prompt is longer than the engine was made for.
         """
         fault("generate", role=self.place.role, rank=self.place.rank, iteration=iteration)
-        samples = sampling.samples_per_prompt
-        token_ids = [tokens for tokens in prompts.token_ids for _ in range(samples)]
+        each, seeds = self._requests(prompts, sampling, iteration)
+        return self._rollouts(each, self.engine.generate(each.token_ids, sampling, seeds=seeds))
+
+    def start(self, prompts: Prompts, sampling: schema.Sampling, *, iteration: int) -> None:
+        """Queues the same responses; `next_finished` generates them, beside those of other iterations.
+
+        Raises:
+            ConfigError: a prompt is longer than the engine was made for.
+        """
+        fault("generate", role=self.place.role, rank=self.place.rank, iteration=iteration)
+        assert iteration not in self._started, f"iteration {iteration} is being generated"
+        each, seeds = self._requests(prompts, sampling, iteration)
+        numbers = self.engine.start(each.token_ids, sampling, seeds=seeds)
+        self._started[iteration] = _Started(each, {number: row for row, number in enumerate(numbers)})
+
+    def next_finished(self, iteration: int, count: int) -> Finished:
+        """The next `count` responses of the iteration in the order of ending, by row where several end in one step.
+
+        All that are left where these are fewer; the iteration is over when the last is given.
+        """
+        assert iteration in self._started, f"iteration {iteration} was not started, or is over"
+        started = self._started[iteration]
+        wanted = min(count, len(started.rows))
+        while len(ended := [number for number in self._ended if number in started.rows]) < wanted:
+            self._ended.update(self.engine.step())
+        numbers = ended[:wanted]
+        rows = [started.rows.pop(number) for number in numbers]
+        if not started.rows:
+            del self._started[iteration]
+        samples = [self._ended.pop(number) for number in numbers]
+        return Finished(torch.tensor(rows, dtype=torch.long), self._rollouts(started.prompts.select(rows), samples))
+
+    def _requests(self, prompts: Prompts, sampling: schema.Sampling, iteration: int) -> tuple[Prompts, list[int]]:
+        """Each response's prompt and seed."""
         self._check_lengths(prompts, sampling.max_new_tokens)
-        seeds = sample_seeds(self.seed, prompts, samples, iteration=iteration)
-        return self._rollouts(prompts, self.engine.generate(token_ids, sampling, seeds=seeds))
+        samples = sampling.samples_per_prompt
+        each = prompts.select([row for row in range(len(prompts.ids)) for _ in range(samples)])
+        return each, sample_seeds(self.seed, prompts, samples, iteration=iteration)
 
     def beam_search(
         self, prompts: Prompts, *, beams: int, samples_per_prompt: int, max_new_tokens: int, length_penalty: float
@@ -127,7 +193,9 @@ class Generator:
             for prompt, best in zip(prompts.token_ids, found, strict=True)
             for beam in best[:samples_per_prompt]
         ]
-        return self._rollouts(prompts, samples)
+        return self._rollouts(
+            prompts.select([row for row in range(len(prompts)) for _ in range(samples_per_prompt)]), samples
+        )
 
     def _sample(self, prompt: list[int], beam: Beam) -> Sample:
         before = self._tokenizer.decode(prompt, skip_special_tokens=True)
@@ -137,24 +205,25 @@ class Generator:
             logprobs=beam.logprobs,
             finished=beam.token_ids[-1] in self._ends,
             text=str(whole)[len(before) :],
+            versions=[self.version] * len(beam.token_ids),
         )
 
     def _rollouts(self, prompts: Prompts, found: Sequence[Sample]) -> Rollouts:
-        """The samples as rollouts, equally many adjacent ones for each prompt."""
-        rows = [row for row in range(len(prompts.ids)) for _ in range(len(found) // len(prompts.ids))]
-        token_ids = [prompts.token_ids[row] for row in rows]
-        sequences = make_sequences(token_ids, [sample.token_ids for sample in found])
+        """The samples as rollouts, one for each prompt."""
+        sequences = make_sequences(prompts.token_ids, [sample.token_ids for sample in found])
         logprobs = torch.zeros(sequences.tokens.shape)
         logprobs[sequences.response_mask] = torch.tensor([value for sample in found for value in sample.logprobs])
+        versions = torch.zeros_like(sequences.tokens)
+        versions[sequences.response_mask] = torch.tensor([value for sample in found for value in sample.versions])
         return Rollouts(
             sequences=sequences,
             generator_logprobs=logprobs,
             finished=torch.tensor([sample.finished for sample in found], dtype=torch.bool),
-            prompts=[prompts.texts[row] for row in rows],
+            prompts=prompts.texts,
             responses=[sample.text for sample in found],
-            answers=[prompts.answers[row] for row in rows],
-            prompt_ids=torch.tensor([prompts.ids[row] for row in rows], dtype=torch.long),
-            policy_version=self.version,
+            answers=prompts.answers,
+            prompt_ids=torch.tensor(prompts.ids, dtype=torch.long),
+            policy_versions=versions,
         )
 
     def _check_lengths(self, prompts: Prompts, max_new_tokens: int) -> None:
@@ -171,25 +240,42 @@ class Generator:
         # An adapter is small and goes through files, so its way need not begin on a GPU.
         return this_endpoint(gpus=0 if self._adapter else self.engine.receivers, receivers=self.engine.receivers)
 
-    def receive_weights(self, spec: TransportSpec, version: int) -> list[ReceivedWeights]:
+    def receive_weights(
+        self, spec: TransportSpec, version: int, interrupted: Interrupted = "refuse"
+    ) -> list[ReceivedWeights]:
         """Takes the weights that a learner sends meanwhile; one result for each tensor-parallel worker.
 
+        Args:
+            interrupted: what becomes of responses that have not ended: they `keep` their tokens, and the further ones
+                are those of the new weights alone; or they are `abandon`ed and begin anew with the same seeds.
+
         Raises:
-            WeightSyncError: another version arrives, the sender fails, or a deadline passes.
+            WeightSyncError: another version arrives, the sender fails, or a deadline passes; or responses have not
+                ended and `interrupted` is "refuse".
         """
+        unfinished = sum(len(started.rows) for started in self._started.values()) - len(self._ended)
+        if unfinished and interrupted == "refuse":
+            raise WeightSyncError(
+                f"version {version} arrives while {unfinished} responses are being generated; wanted are weights after "
+                "the last of them, or interrupted='keep' or 'abandon'"
+            )
         action = fault("sync", role=self.place.role, rank=self.place.rank, iteration=version)
-        # Filling the cache under the old weights makes the probe see a reset that was forgotten.
-        self._next_tokens()
         first_rank = self.place.rank * self.engine.receivers
         received = self.engine.receive(spec, version, first_rank=first_rank, load=action != "keep_old")
+        if interrupted == "abandon":
+            self.engine.restart()
         if action != "skip_cache_reset":
             self.engine.reset_prefix_cache()
         self.version = version
         return received
 
+    def fill_cache(self) -> None:
+        """Puts a probe prompt into the prefix cache: the next `probe` sees it, should a reset be forgotten."""
+        self._next_tokens(self._probe_prompts[:1])
+
     def probe(self) -> ProbeResult:
         """The probe batch under the present weights: once through the prefix cache, once computed afresh."""
-        following = self._next_tokens()
+        following = self._next_tokens(self._probe_prompts)
         afresh = self.engine.prompt_logprobs(self._probe_prompts)
         whole = make_sequences(
             [prompt[:1] for prompt in self._probe_prompts],
@@ -198,8 +284,8 @@ class Generator:
         logprobs = [[*row, logprob] for row, (_, logprob) in zip(afresh, following, strict=True)]
         return ProbeResult(sequences=whole, logprobs=torch.tensor(logprobs), version=self.version)
 
-    def _next_tokens(self) -> list[tuple[int, float]]:
-        samples = self.engine.generate(self._probe_prompts, _GREEDY, seeds=[0] * len(self._probe_prompts))
+    def _next_tokens(self, prompts: Sequence[list[int]]) -> list[tuple[int, float]]:
+        samples = self.engine.generate(prompts, _GREEDY, seeds=[0] * len(prompts))
         return [(sample.token_ids[0], sample.logprobs[0]) for sample in samples]
 
     def memory(self) -> float:

@@ -37,13 +37,13 @@ from rlhf_ray.distributed.transports import (
     this_endpoint,
 )
 from rlhf_ray.engines.deepspeed_training import TrainingEngine, join_process_group
+from rlhf_ray.models.attention import attend_by_rows
 from rlhf_ray.models.forward import (
     Layout,
     Outputs,
     answer_totals,
     forward,
     plan_answers,
-    supports_packing,
 )
 from rlhf_ray.models.heads import (
     Head,
@@ -64,7 +64,7 @@ from rlhf_ray.models.lora import (
     merged,
     named_weights,
 )
-from rlhf_ray.models.pairs import forward_pairs, pair_lengths, supports_pairs
+from rlhf_ray.models.pairs import forward_pairs, pair_lengths
 from rlhf_ray.models.saving import ModelWriter, write_adapter
 from rlhf_ray.shapes import SequenceFloat, SequenceInt, TokenFloat
 from rlhf_ray.workers.objectives import Objective
@@ -102,8 +102,7 @@ class Learner:
         temperature: sampling temperature that log-probabilities speak of.
         tokenizer: directory or hub name of the tokenizer that is saved beside the model; None: the model's own.
         dropout: keep the model's dropout while training.
-        packing: rows end to end where the architecture allows it; off: rows of similar length side by side, which is
-            faster unless attention skips what lies between packed rows.
+        packing: rows end to end where the architecture allows it; off: rows of similar length side by side.
         timeout_s: deadline of a collective operation.
     """
 
@@ -139,10 +138,9 @@ class Learner:
             loaded = load_causal_lm(model, revision, config.dtype, in_4_bits=in_4_bits)
         check_vocabulary(model, loaded.config, self.tokenizer)
         self.device = join_process_group(rank=place.rank, size=place.size, timeout_s=timeout_s)
-        # Plain attention looks at a pack as a whole: on a CPU rows of similar length side by side are faster.
-        packs = self.device.type == "cuda" if packing is None else packing
-        self.layout: Layout = "packed" if packs and supports_packing(loaded) else "padded"
-        self._joins_answers = supports_pairs(loaded) and self.device.type == "cpu"
+        by_rows = attend_by_rows(loaded)
+        self.layout: Layout = "packed" if by_rows and packing is not False else "padded"
+        self._joins_answers = by_rows and self.device.type == "cpu"
         if config.activation_checkpointing:
             loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not dropout:
@@ -275,7 +273,7 @@ class Learner:
         # Rows of the batch that bring several sequences stay whole: the two of a pair in one row of the network's,
         # or side by side, where they are as long as the longest.
         together = len(sequences) // len(batch)
-        joined = together == 2 and self.layout == "padded" and self._joins_answers
+        joined = together == 2 and self.layout == "packed"
         costs = pair_lengths(sequences) if joined else together * sequences.lengths().view(together, -1).amax(0)
         share = self._share(costs)
         plan = [[share[i] for i in rows] for rows in self._micro_batches(costs[share], together)]

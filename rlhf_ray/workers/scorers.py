@@ -24,10 +24,11 @@ from rlhf_ray.data.packing import plan_micro_batches, token_budget
 from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.errors import ConfigError, WorkerError
-from rlhf_ray.models.forward import Layout, Outputs, answer_totals, forward, plan_answers, supports_packing
+from rlhf_ray.models.attention import attend_by_rows
+from rlhf_ray.models.forward import Layout, Outputs, answer_totals, forward, plan_answers
 from rlhf_ray.models.heads import LanguageModel
 from rlhf_ray.models.loading import load_causal_lm, load_classifier, load_tokenizer
-from rlhf_ray.models.pairs import forward_pairs, supports_pairs
+from rlhf_ray.models.pairs import forward_pairs
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.workers.reward_functions import load_function
 
@@ -60,10 +61,9 @@ class ReferenceScorer:
         self.place = place
         self._device = _device()
         network = load_causal_lm(model, revision, config.dtype).to(self._device)
-        # Packs are attended to as a whole on a CPU; rows of similar length side by side take half the time there.
-        packs = self._device.type == "cuda" and supports_packing(network)
-        self._layout: Layout = "packed" if packs else "padded"
-        self._joins_answers = self._device.type == "cpu" and supports_pairs(network)
+        by_rows = attend_by_rows(network)
+        self._layout: Layout = "packed" if by_rows else "padded"
+        self._joins_answers = by_rows and self._device.type == "cpu"
         self._network = LanguageModel(network)
         self._max_tokens = token_budget(config.micro_batch_tokens, self._device)
 

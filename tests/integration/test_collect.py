@@ -19,7 +19,7 @@ from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.distributed.faults import VARIABLE
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from tests.integration.tiny_runs import comparable, run, tiny_ppo
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.data.batches import Batch
-from rlhf_ray.distributed.groups import Place, gather
+from rlhf_ray.distributed.groups import Place, arrivals, gather
 from rlhf_ray.distributed.placement import Cluster, RoleRequest, Share
 from rlhf_ray.errors import DataError, PlacementError, WeightSyncError, WorkerError
 
@@ -121,6 +121,17 @@ def test_split_cuts_rows_in_order_and_merges_them(cluster: Cluster) -> None:
         assert group.all(Worker.total, NUMBERS).result() == [10.0, 10.0]
         assert group.first(Worker.rank).result() == 0
         assert gather(group.all(Worker.rank), group.first(Worker.total, NUMBERS)) == ([0, 1], 10.0)
+
+
+def test_results_in_the_order_of_arrival(cluster: Cluster) -> None:
+    """A worker answers in the order of its calls; the other one does not wait for it."""
+    with cluster.reserve([RoleRequest("policy", 2, reuse="tests")]) as placement:
+        group = placement.start("policy", Worker)
+        calls = [group.one(0, Worker.nap, 0, 0.3), group.one(0, Worker.rank), group.one(1, Worker.rank)]
+        assert list(arrivals(*calls, group.all(Worker.rank))) == [(2, 1), (0, None), (1, 0), (3, [0, 1])]
+        late = group.one(1, Worker.nap, 1, 60)
+        with pytest.raises(WorkerError, match=r"policy rank 0, fail: ValueError: three"):
+            list(arrivals(late, group.one(0, Worker.fail, "value")))
 
 
 def test_a_collective_group_calls_every_rank(cluster: Cluster) -> None:

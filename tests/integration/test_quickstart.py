@@ -16,11 +16,14 @@ from pathlib import Path
 import pandas
 import psutil
 import pytest
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.cli import main
 from rlhf_ray.distributed.placement import Cluster
-from rlhf_ray.trainers.metrics import distinct_bigram_share, read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
+from rlhf_ray.trainers.metrics import distinct_bigram_share
+from tests.browser import PROGRAMS, find_browser, show
 from tests.test_readme import commands
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +41,9 @@ class Quickstart:
 
     def evaluation(self, iteration: int) -> pandas.DataFrame:
         return pandas.read_parquet(self.folder / f"ppo/evaluation/iteration_{iteration:06}.parquet")
+
+    def rollouts(self, iteration: int) -> pandas.DataFrame:
+        return pandas.read_parquet(self.folder / f"ppo/rollouts/iteration_{iteration:06}.parquet")
 
 
 def tree_memory_gib(root: psutil.Process) -> float:
@@ -162,6 +168,40 @@ def test_the_readme_generates_with_its_models(
     assert found["response"].nunique() == 2
     assert found["score"].notna().all()
     assert "second less first" in capsys.readouterr().out
+
+
+def test_the_readme_reports_on_it(quickstart: Quickstart, tmp_path: Path) -> None:
+    run_from_readme(quickstart, "report", "--output", str(tmp_path / "report.html"))
+    if find_browser() is None:
+        pytest.skip(f"none of {', '.join(PROGRAMS)} is on the PATH")
+    shown = show(tmp_path / "report.html", tmp_path / "report.png", width=1280, height=1338)
+    assert shown.console == []
+    text = shown.document.split('<script type="application/json"')[0]
+    assert text.count('class="main-svg"') > 10
+    for words in ("held-out reward", "KL to the reference", "send_weights", "reward/learned", "The new romance"):
+        assert words in text, words
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.size == (1280, 1338)
+        colors = {color for count, color in picture.convert("RGB").getcolors(1 << 20) or () if count > 500}
+    # Ground, cards, text and the colours of the timeline's bars: generate, update, logprobs.
+    assert {(246, 247, 249), (255, 255, 255), (91, 108, 240), (180, 85, 201), (22, 163, 127)} <= colors
+
+
+def test_the_trace_says_who_did_what(quickstart: Quickstart) -> None:
+    events = json.loads((quickstart.folder / "trace.json").read_text())
+    roles = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    calls = [event for event in events if event["ph"] == "X" and event["cat"] == "ppo"]
+    last = [event for event in calls if event["args"]["iteration"] == 8]
+    did = {(roles[event["pid"]], event["name"]) for event in last}
+    expected = {("generator", "generate"), ("policy", "update"), ("critic", "values"), ("driver", "evaluation")}
+    assert expected | {("reference", "logprobs"), ("reward/learned", "score"), ("driver", "iteration")} <= did
+    (sent,) = {event["args"]["bytes"] for event in last if event["name"] == "send_weights"}
+    assert {event["args"]["bytes"] for event in last if event["name"] == "receive_weights"} == {sent}
+    rows = {row["iteration"]: row for row in read_metrics(quickstart.folder, "ppo")}
+    sampled = next(event["args"]["tokens"] for event in last if event["name"] == "generate")
+    assert sampled == pytest.approx(rows[8]["response/length_mean"] * len(quickstart.rollouts(8)))
+    assert all(row["driver/cpu_share"] < 0.2 for iteration, row in rows.items() if iteration)
+    assert all(0 <= row["time/idle_share"] < 0.5 for iteration, row in rows.items() if iteration)
 
 
 def test_the_readme_evaluates_its_reward_model(quickstart: Quickstart, cluster: Cluster, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rlhf_ray.config.load import dump_pipeline
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.distributed.faults import VARIABLE
 from rlhf_ray.distributed.placement import Cluster
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from tests.integration.tiny_runs import comparable, run, tiny_ppo, weights_digest
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,8 @@ class Setup:
 
     zero: int
     lora: bool = False
+    staleness: int = 0
+    chunk_samples: int | None = None
 
 
 def six_iterations(folder: Path, *, name: str, setup: Setup) -> Pipeline:
@@ -47,16 +49,23 @@ def six_iterations(folder: Path, *, name: str, setup: Setup) -> Pipeline:
         iterations=6,
         **with_adapter if setup.lora else with_critic,
         generator={"workers": 1 if setup.lora else 2},
+        staleness=setup.staleness,
+        chunk_samples=setup.chunk_samples,
         kl={"controller": "adaptive", "target": 0.5, "coefficient": 0.05, "horizon": 100},
         evaluation={"every": 2},
         checkpoints={"every": 3},
     )
 
 
-SETUPS = {"ZeRO-0": Setup(0), "ZeRO-2": Setup(2), "ZeRO-2, adapter": Setup(2, lora=True)}
+AHEAD = Setup(2, staleness=1)
+SETUPS = [
+    pytest.param(Setup(0, chunk_samples=2), id="ZeRO-0, judged in pieces", marks=pytest.mark.slow),
+    pytest.param(AHEAD, id="ZeRO-2, one step ahead"),
+    pytest.param(Setup(2, lora=True, chunk_samples=6), id="ZeRO-2, adapter, judged in pieces"),
+]
 
 
-@pytest.fixture(scope="module", params=SETUPS.values(), ids=SETUPS.keys())
+@pytest.fixture(scope="module", params=SETUPS)
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cluster: Cluster
 ) -> tuple[Setup, Path]:
@@ -65,6 +74,7 @@ def undisturbed(
     rows = run(six_iterations(folder, name="whole", setup=request.param), folder)
     assert len(rows) == 7
     assert rows[6]["kl/coefficient"] != rows[1]["kl/coefficient"]
+    assert [row["generator/policy_version_lag"] for row in rows[1:]] == [0, *[request.param.staleness] * 5]
     return request.param, folder
 
 
@@ -89,7 +99,7 @@ def test_stop_and_resume_equals_an_undisturbed_run(
 
 def test_kill_9_of_the_driver_then_resume(undisturbed: tuple[Setup, Path], cluster: Cluster) -> None:
     setup, folder = undisturbed
-    if setup != Setup(2):
+    if setup != AHEAD:
         pytest.skip("one setup is enough for the kill; the stop is tested with all of them")
     killed = six_iterations(folder, name="killed", setup=setup)
     file = folder / "killed.yaml"

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Rollouts, make_sequences
+from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.distributed.groups import Place, gather
 from rlhf_ray.distributed.placement import Cluster, RoleRequest
 from rlhf_ray.errors import WorkerError
@@ -57,7 +57,7 @@ def rollouts(folder: Path) -> Rollouts:
         responses=responses,
         answers=[None] * 7,
         prompt_ids=torch.arange(7) + 100,
-        policy_version=0,
+        policy_versions=one_version(sequences, 0),
     )
 
 

@@ -13,7 +13,7 @@ from benchmarks.online_dpo import judge
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.pipeline import run_pipeline
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from tests.tiny_models import TEXTS, make_classifier, make_gpt2, make_llama
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"

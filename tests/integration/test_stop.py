@@ -11,7 +11,7 @@ from pathlib import Path
 from rlhf_ray.config.load import dump_pipeline
 from rlhf_ray.distributed.faults import VARIABLE
 from rlhf_ray.distributed.placement import Cluster
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from tests.integration.tiny_runs import tiny_ppo
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_ray.config import schema
 from rlhf_ray.pipeline import run_pipeline
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from tests.tiny_models import TEXTS, make_llama
 
 REWARDS = '''
@@ -19,7 +19,7 @@ def vowels(prompts, responses, answers):
     return [sum(c in "aeiou" for c in response.lower()) / max(1, len(response)) for response in responses]
 '''
 
-TIME_OR_MEMORY = re.compile(r"time/|time_s$|_per_s$|busy_share$|memory|elapsed")
+TIME_OR_MEMORY = re.compile(r"time/|time_s$|_per_s$|busy_share$|cpu_share$|memory|elapsed")
 
 
 def tiny_ppo(folder: Path, *, run: str = "run", **changes: Any) -> schema.Pipeline:

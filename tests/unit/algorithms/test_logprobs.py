@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from rlhf_ray.algorithms.logprobs import token_logprobs, token_logprobs_and_entropy
+from rlhf_ray.algorithms.logprobs import (
+    Entropy,
+    projected_logprobs,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
 
 # The logits at 0 give 1/4, 3/4; those at 1 give 4/5, 1/5; those at 2 predict nothing.
 LOGITS = torch.tensor([[[0.0, math.log(3)], [math.log(4), 0.0], [70.0, 0.0]]], dtype=torch.float64)
@@ -104,3 +109,150 @@ def test_against_torch(seed: int) -> None:
     torch.testing.assert_close(entropy[:, 1:], predicting.entropy(), **exact)
     loss = cross_entropy((logits[:, :-1] / 1.3).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(-logprobs.sum(), loss, **exact)
+
+
+# The first two states of HIDDEN give the logits (0, log 2, log 5) and (log 6, log 3, 0) - log 9.
+WEIGHT = torch.tensor([[0.0, math.log(6 / 9)], [math.log(2), math.log(3 / 9)], [math.log(5), -math.log(9)]])
+HIDDEN = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
+WANTED = torch.tensor([[False, True, True]])
+
+
+def test_projected_by_hand() -> None:
+    found, entropy = projected_logprobs(HIDDEN, WEIGHT, None, torch.tensor([[0, 2, 0]]), WANTED, entropy="reported")
+    assert found.tolist() == pytest.approx([math.log(5 / 8), math.log(6 / 10)])
+    assert entropy is not None
+    first = math.log(8) - 2 / 8 * math.log(2) - 5 / 8 * math.log(5)
+    second = math.log(10) - 6 / 10 * math.log(6) - 3 / 10 * math.log(3)
+    assert entropy.tolist() == pytest.approx([first, second])
+
+
+def test_projected_gradient_by_hand() -> None:
+    """The gradient of a logit is its token's indicator less its probability."""
+    hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    bias = torch.zeros(3, requires_grad=True)
+    found, _ = projected_logprobs(hidden, weight, bias, torch.tensor([[0, 2, 0]]), WANTED)
+    found[0].backward()
+    slopes = [-1 / 8, -2 / 8, 3 / 8]
+    assert bias.grad is not None
+    assert bias.grad.tolist() == pytest.approx(slopes)
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [pytest.approx([slope, 0.0]) for slope in slopes]
+    assert hidden.grad is not None
+    assert hidden.grad[0, 0, 0].item() == pytest.approx(3 / 8 * math.log(5) - 2 / 8 * math.log(2))
+    assert not hidden.grad[0, 1:].any()
+
+
+def projection(
+    *, seed: int = 5, words: int = 13, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [3, 6, 4], weight, bias, tokens, and which are wanted."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+        for scale, shape in ((1, (3, 6, 4)), (2, (words, 4)), (1, (words,)))
+    )
+    wanted = torch.rand(3, 6, generator=generator) < 0.6
+    wanted[:, 0] = False
+    return hidden, weight, bias, torch.randint(words, (3, 6), generator=generator), wanted
+
+
+# One token, two (so that the last chunk has fewer), and all at a time.
+CHUNKS = [1, 2 * 13 * 8, 1 << 20]
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("entropy", ["off", "reported", "trained"])
+def test_projected_equals_all_logits_at_once(entropy: Entropy, with_bias: bool, chunk_bytes: int) -> None:
+    hidden, weight, bias, tokens, wanted = projection()
+    learnt = (hidden, weight, bias) if with_bias else (hidden, weight)
+    factors = torch.randn(2, int(wanted.sum()), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+    def gradients(logprobs: torch.Tensor, entropies: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        loss = (factors[0] * logprobs).sum()
+        if entropies is not None and entropies.requires_grad:
+            loss = loss + (factors[1] * entropies).sum()
+        return torch.autograd.grad(loss, learnt)
+
+    logits = torch.nn.functional.linear(hidden, weight, bias if with_bias else None)
+    all_logprobs, all_entropies = token_logprobs_and_entropy(
+        logits, tokens, temperature=0.7, entropy_gradient=entropy == "trained"
+    )
+    found, entropies = projected_logprobs(
+        hidden,
+        weight,
+        bias if with_bias else None,
+        tokens,
+        wanted,
+        temperature=0.7,
+        entropy=entropy,
+        chunk_bytes=chunk_bytes,
+    )
+    exact = {"rtol": 0, "atol": 1e-10}
+    torch.testing.assert_close(found, all_logprobs[wanted], **exact)
+    if entropies is None:
+        assert entropy == "off"
+    else:
+        torch.testing.assert_close(entropies, all_entropies[wanted], **exact)
+        assert entropies.requires_grad == (entropy == "trained")
+    known = all_entropies[wanted] if entropy == "trained" else None
+    for ours, theirs in zip(gradients(found, entropies), gradients(all_logprobs[wanted], known), strict=True):
+        torch.testing.assert_close(ours, theirs, **exact)
+        assert theirs.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS)
+def test_projected_gradient_is_the_slope(chunk_bytes: int) -> None:
+    hidden, weight, bias, tokens, wanted = projection(words=5)
+
+    def both(*learnt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return projected_logprobs(*learnt, tokens, wanted, temperature=1.3, entropy="trained", chunk_bytes=chunk_bytes)
+
+    assert torch.autograd.gradcheck(both, (hidden, weight, bias))
+
+
+def test_projected_can_go_backward_twice() -> None:
+    hidden, weight, bias, tokens, wanted = projection()
+    found, _ = projected_logprobs(hidden, weight, bias, tokens, wanted)
+    first, second = (torch.autograd.grad(found.sum(), (hidden, weight), retain_graph=True) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_frozen_output_layer_gets_no_gradient() -> None:
+    hidden, weight, _, tokens, wanted = projection()
+    whole = torch.autograd.grad(projected_logprobs(hidden, weight, None, tokens, wanted)[0].sum(), hidden)[0]
+    found, _ = projected_logprobs(hidden, weight.detach(), None, tokens, wanted)
+    assert torch.equal(torch.autograd.grad(found.sum(), hidden)[0], whole)
+
+
+def test_nothing_wanted_has_a_gradient_of_zero() -> None:
+    hidden, weight, bias, tokens, wanted = projection()
+    found, entropies = projected_logprobs(hidden, weight, bias, tokens, torch.zeros_like(wanted), entropy="trained")
+    assert entropies is not None
+    assert (len(found), len(entropies)) == (0, 0)
+    for gradient, learnt in zip(
+        torch.autograd.grad(found.sum() + entropies.sum(), (hidden, weight, bias)), (hidden, weight, bias), strict=True
+    ):
+        assert torch.equal(gradient, torch.zeros_like(learnt))
+
+
+def test_projected_in_half_precision() -> None:
+    """The logits are in half precision as those of the model, all that follows is in float32."""
+    hidden, weight, _, tokens, wanted = projection(dtype=torch.bfloat16)
+    logits = torch.nn.functional.linear(hidden, weight)
+    whole = token_logprobs(logits, tokens, temperature=0.7)[wanted]
+    wanted_gradients = torch.autograd.grad(whole.sum(), (hidden, weight))
+    for chunk_bytes in CHUNKS:
+        found, _ = projected_logprobs(hidden, weight, None, tokens, wanted, temperature=0.7, chunk_bytes=chunk_bytes)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
+        for ours, theirs in zip(torch.autograd.grad(found.sum(), (hidden, weight)), wanted_gradients, strict=True):
+            assert ours.dtype == torch.bfloat16
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, math.nan])
+def test_projected_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        projected_logprobs(HIDDEN, WEIGHT, None, torch.tensor([[0, 2, 0]]), WANTED, temperature=temperature)

@@ -1,10 +1,16 @@
 import pickle
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import torch
 
-from rlhf_ray.data.batches import Prompts, Rollouts, make_sequences, pad_rows
+from rlhf_ray.data.batches import Batch, Prompts, Rollouts, make_sequences, one_version, pad_rows
+
+
+@dataclass(frozen=True)
+class Versioned(Batch):
+    rows: list[int]
+    version: int
 
 
 def rollouts(prompts: list[list[int]], responses: list[list[int]], *, version: int = 3) -> Rollouts:
@@ -17,7 +23,7 @@ def rollouts(prompts: list[list[int]], responses: list[list[int]], *, version: i
         responses=["r" for _ in responses],
         answers=[None for _ in responses],
         prompt_ids=torch.tensor([prompt[0] for prompt in prompts]),
-        policy_version=version,
+        policy_versions=one_version(sequences, version),
     )
 
 
@@ -45,7 +51,8 @@ def test_select_takes_rows_of_every_field_in_the_given_order() -> None:
     assert chosen.prompts == ["p4", "p1"]
     assert chosen.prompt_ids.tolist() == [4, 1]
     assert chosen.sequences.tokens.tolist() == [[4, 6, 0], [1, 2, 9]]
-    assert chosen.policy_version == 3
+    assert chosen.policy_versions.tolist() == [[0, 3, 0], [0, 0, 3]]
+    assert chosen.oldest_versions().tolist() == [3, 3]
     assert len(chosen) == 2
     assert len(chosen.select([])) == 0
 
@@ -73,7 +80,7 @@ def test_concat_of_selected_parts_is_the_whole() -> None:
 
 def test_concat_refuses_single_values_that_differ() -> None:
     with pytest.raises(AssertionError, match="batches disagree"):
-        Rollouts.concat([rollouts([[1]], [[2]], version=1), rollouts([[1]], [[2]], version=2)])
+        Versioned.concat([Versioned([1], 1), Versioned([2], 2)])
 
 
 def test_batches_travel_as_numpy_and_come_back_equal() -> None:
@@ -85,7 +92,7 @@ def test_batches_travel_as_numpy_and_come_back_equal() -> None:
     assert torch.equal(after.sequences.tokens, before.sequences.tokens)
     assert after.sequences.response_mask.dtype == torch.bool
     assert torch.equal(after.generator_logprobs, before.generator_logprobs)
-    assert (after.prompts, after.policy_version) == (before.prompts, 3)
+    assert after.prompts == before.prompts
 
 
 def test_read_only_arrays_become_tensors_that_may_be_written() -> None:

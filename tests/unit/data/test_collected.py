@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf_ray.config.schema import PreferenceData, PromptData, TextData
-from rlhf_ray.data.batches import Rollouts, make_sequences
+from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.data.collected import Samples, check_form, pair_table, text_table, written_texts
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.preferences import load_preferences
@@ -47,7 +47,7 @@ def sampled(prompts: PromptSet, responses: Sequence[Sequence[int]]) -> Samples:
         responses=texts,
         answers=[None] * len(rows),
         prompt_ids=torch.tensor([batch.ids[row] for row in rows]),
-        policy_version=0,
+        policy_versions=one_version(sequences, 0),
     )
     scores = torch.arange(float(len(rows)))
     return Samples(
@@ -94,7 +94,8 @@ def test_preferences_have_the_sampled_tokens(name: str, tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pair_table(samples, [(1, 0)], written), tmp_path / "part_000001.parquet")
     data = PreferenceData.model_validate({"train": str(tmp_path), "columns": {"margin": "margin"}})
     read = load_preferences(data, tokenizer, seed=1, sources="train")
-    (pair,) = read.pairs
+    assert len(read) == 1
+    pair = read.pairs[0]
     assert pair.prompt.tolist() == prompts.tokens[0].tolist()
     assert [pair.chosen.tolist(), pair.rejected.tolist()] == [responses[1], responses[0]]
     assert pair.margin == 1.0
@@ -110,8 +111,8 @@ def test_texts_have_the_sampled_tokens(name: str, tmp_path: Path) -> None:
     table = text_table(samples, [1, 0, 1], written, extra={})
     pyarrow.parquet.write_table(table, tmp_path / "part_000001.parquet")
     data = TextData.model_validate({"train": str(tmp_path)})
-    read = load_texts(data, tokenizer, seed=1, sources="train")
-    assert [tokens.tolist() for tokens in read.tokens] == [
+    read = load_texts(data, tokenizer, seed=1, sources="train").all()
+    assert [row[mask].tolist() for row, mask in zip(read.tokens, read.attention_mask, strict=True)] == [
         [*prompts.tokens[0].tolist(), *responses[row]] for row in (1, 0, 1)
     ]
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.data.batches import Batch
-from rlhf_ray.distributed.groups import LocalGroup, Ready, cut, gather, merge, shares
+from rlhf_ray.distributed.groups import LocalGroup, Ready, arrivals, cut, gather, merge, shares
 from rlhf_ray.distributed.place import Place
-from rlhf_ray.distributed.tracing import Recorder
+from rlhf_ray.distributed.tracing import DRIVER, Recorder
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,17 @@ def test_local_group_runs_the_workers_own_method_and_records_it() -> None:
     assert gather(group.all(Scorer.score, ["ccc"]), group.first(Scorer.score, [])) == ([[3]], [])
     with pytest.raises(ValueError, match="no"):
         group.first(LengthScorer.fail)
-    assert [(span.role, span.rank, span.method) for span in recorder.drain()] == [("reward", 0, "score")] * 4
+    spans = [(span.role, span.rank, span.method) for span in recorder.drain() if span.role != DRIVER]
+    assert spans == [("reward", 0, "score")] * 4
     assert recorder.active() == []
     group.close()
     assert worker.closed
+
+
+def test_what_is_there_arrives_in_order() -> None:
+    group = LocalGroup(LengthScorer(Place("reward", 0, 1)))
+    assert list(arrivals(group.one(0, Scorer.score, ["a"]), Ready("two"))) == [(0, [1]), (1, "two")]
+    assert list(arrivals()) == []
 
 
 def test_gather_keeps_the_order() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.data.batches import Sequences, make_sequences
-from rlhf_ray.models.forward import Layout, forward, supports_packing
+from rlhf_ray.models.attention import attend_by_rows
+from rlhf_ray.models.forward import Layout, forward
 from rlhf_ray.models.heads import Network, build_network, switch_off_dropout
 from rlhf_ray.models.loading import load_causal_lm
 
@@ -145,8 +146,8 @@ def test_new_critic_values_everything_at_zero(model: PreTrainedModel, sequences:
 
 
 def test_packing_is_found_to_work(model: PreTrainedModel) -> None:
-    assert supports_packing(model)
-    assert supports_packing(model.to(torch.bfloat16))
+    assert attend_by_rows(model)
+    assert attend_by_rows(model.to(torch.bfloat16))
 
 
 def test_packing_is_found_not_to_work(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +157,7 @@ def test_packing_is_found_not_to_work(model: PreTrainedModel, monkeypatch: pytes
         return original(self, **inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
 
     monkeypatch.setattr(type(model), "forward", contaminated)
-    assert not supports_packing(model)
+    assert not attend_by_rows(model)
 
 
 def test_dropout_is_off_and_the_configuration_keeps_it(model_directory: Path, sequences: Sequences) -> None:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.data.batches import Sequences, make_sequences
+from rlhf_ray.models.attention import attend_by_rows
 from rlhf_ray.models.forward import Outputs, forward
 from rlhf_ray.models.heads import Network, build_network, switch_off_dropout
 from rlhf_ray.models.loading import load_causal_lm
-from rlhf_ray.models.pairs import forward_pairs, pair_lengths, supports_pairs
+from rlhf_ray.models.pairs import forward_pairs, pair_lengths
 from tests.tiny_models import make_gpt2
 
 CPU = torch.device("cpu")
@@ -37,6 +38,7 @@ def random_network(directory: str, head: str) -> Network:
         loaded = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1)
     else:
         loaded = load_causal_lm(directory)
+    assert attend_by_rows(loaded)
     network = build_network(loaded, head).double()  # type: ignore[arg-type]
     switch_off_dropout(network)
     for parameter in network.parameters():
@@ -67,13 +69,5 @@ def test_outputs_and_gradients_are_those_of_separate_rows(
 
 
 def test_the_prompt_is_counted_once_but_for_its_last_token(pairs: Sequences) -> None:
-    # 1+5 and 1+2 share nothing; 2+1 and 2+14 share 1; 7+3 and 7+4 share 6; 4+3 and 6+3 share nothing.
+    # 1+5 and 1+2 have nothing to share; 2+1 and 2+14 share 1; 7+3 and 7+4 share 6; 4+3 and 6+3 begin otherwise.
     assert pair_lengths(pairs).tolist() == [9, 18, 15, 16]
-
-
-def test_models_of_this_kind_are_supported_and_windows_are_not(model_directory: Path, tmp_path: Path) -> None:
-    model = load_causal_lm(str(model_directory))
-    assert supports_pairs(model)
-    assert supports_pairs(load_causal_lm(make_gpt2(tmp_path)))
-    model.config.sliding_window = 4
-    assert not supports_pairs(model)

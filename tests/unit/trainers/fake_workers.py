@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Prompts, Rollouts, Sequences, make_sequences
+from rlhf_ray.data.batches import Prompts, Rollouts, Sequences, make_sequences, one_version
 from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.ppo import PpoGroups
 from rlhf_ray.trainers.run import RunFolder, StageRun
+from rlhf_ray.trainers.sampling import SampleStream
 from rlhf_ray.trainers.view import PlainView
+from rlhf_ray.workers.generator import Finished
 from rlhf_ray.workers.learner import Values
 
 Events = list[tuple[Any, ...]]
@@ -55,7 +57,7 @@ def make_rollouts(
         responses=[f"a b {length}" for length in lengths],
         answers=[None] * len(lengths),
         prompt_ids=torch.tensor(ids or list(range(len(lengths)))),
-        policy_version=version,
+        policy_versions=one_version(sequences, version),
     )
 
 
@@ -138,12 +140,13 @@ class FakeReference:
 
 
 class FakeGenerator:
-    """Two tokens for each sample, with log-probability -0.75; `FakeSync` sets its version."""
+    """Two tokens for each sample, with log-probability -0.75, the last row first; `FakeSync` sets its version."""
 
     def __init__(self, events: Events) -> None:
         self.events = events
         self.version = -1
         self.sampling: schema.Sampling | None = None
+        self.started: dict[int, tuple[list[int], Rollouts]] = {}
 
     def generate(self, prompts: Prompts, sampling: schema.Sampling, *, iteration: int) -> Rollouts:
         self.events.append(("generate", iteration, prompts.ids))
@@ -152,6 +155,15 @@ class FakeGenerator:
         rollouts = make_rollouts([2] * len(ids), ids=ids, version=self.version)
         rollouts.generator_logprobs[rollouts.sequences.response_mask] = -0.75
         return rollouts
+
+    def start(self, prompts: Prompts, sampling: schema.Sampling, *, iteration: int) -> None:
+        rollouts = self.generate(prompts, sampling, iteration=iteration)
+        self.started[iteration] = list(reversed(range(len(rollouts)))), rollouts
+
+    def next_finished(self, iteration: int, count: int) -> Finished:
+        rows, rollouts = self.started[iteration]
+        given, rows[:] = rows[:count], rows[count:]
+        return Finished(torch.tensor(given), rollouts.select(given))
 
     def memory(self) -> float:
         return 2.5
@@ -164,7 +176,7 @@ class FakeScorer:
         self.first = first
 
     def score(self, rollouts: Rollouts) -> Tensor:
-        return self.first + torch.arange(float(len(rollouts))) + 100.0 * rollouts.policy_version
+        return self.first + torch.arange(float(len(rollouts))) + 100.0 * rollouts.oldest_versions()
 
     def memory(self) -> float:
         return 0.25
@@ -185,8 +197,10 @@ class FakeSync:
         self.generator.version = version
         return {"sync/bytes": 8.0}
 
-    def check_rollouts(self, rollouts: Rollouts, logprobs: Tensor) -> None:
-        self.events.append(("check rollouts", rollouts.policy_version, float(logprobs.min())))
+    def check_rollouts(self, rollouts: Rollouts, logprobs: Tensor, *, version: int) -> dict[str, float]:
+        found = int(rollouts.oldest_versions().min())
+        self.events.append(("check rollouts", found, float(logprobs.min())))
+        return {"generator/attested_share": float(found == version)}
 
 
 class FakePrompts:
@@ -203,11 +217,12 @@ class FakePrompts:
 
 
 class FakeParts:
-    """Saves the weights of one learner and, where there is one, the state of a KL controller."""
+    """Saves the weights of one learner and, where there are any, a KL controller's state and samples."""
 
-    def __init__(self, learner: FakeLearner, kl: Any = None) -> None:
+    def __init__(self, learner: FakeLearner, kl: Any = None, samples: SampleStream | None = None) -> None:
         self.learner = learner
         self.kl = kl
+        self.samples = samples
 
     def state(self) -> dict[str, Any]:
         return {"kl": self.kl.state_dict()} if self.kl else {}
@@ -218,9 +233,13 @@ class FakeParts:
 
     def save(self, folder: Path) -> None:
         (folder / "weights.json").write_text(json.dumps(self.learner.weights))
+        if self.samples:
+            self.samples.save(folder)
 
     def load(self, folder: Path) -> None:
         self.learner.weights = json.loads((folder / "weights.json").read_text())
+        if self.samples:
+            self.samples.load(folder)
 
     def save_model(self, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps({"weights": self.learner.weights}))

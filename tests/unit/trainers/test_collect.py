@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.arrow import open_table
-from rlhf_ray.data.batches import Prompts, Rollouts, make_sequences
+from rlhf_ray.data.batches import Prompts, Rollouts, make_sequences, one_version
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.distributed.groups import LocalGroup
@@ -31,7 +31,7 @@ from rlhf_ray.trainers.collect import (
     collect,
     summary,
 )
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.run import RunFolder
 from rlhf_ray.workers.generator import sample_seeds
 from tests.unit.data.tokenizers_for_tests import byte_tokenizer
@@ -62,7 +62,7 @@ def rollouts(texts: Sequence[str], *, unfinished: Sequence[int] = (), samples: i
         responses=list(texts),
         answers=[None] * len(texts),
         prompt_ids=torch.tensor(prompts),
-        policy_version=0,
+        policy_versions=one_version(sequences, 0),
     )
 
 
@@ -173,7 +173,7 @@ class Engine:
             responses=texts,
             answers=[None] * len(texts),
             prompt_ids=torch.tensor([i for i in prompts.ids for _ in range(number)]),
-            policy_version=0,
+            policy_versions=one_version(sequences, 0),
         )
 
     def memory(self) -> float:

@@ -28,7 +28,7 @@ from rlhf_ray.trainers.dpo import (
     unknown_answers,
 )
 from rlhf_ray.trainers.journal import read_rollouts
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.run import RunFolder
 from tests.unit.data.tokenizers_for_tests import byte_tokenizer
 from tests.unit.trainers.fake_workers import (

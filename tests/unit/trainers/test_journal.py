@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf_ray.data.batches import Rollouts, make_sequences
+from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.errors import CheckpointError
 from rlhf_ray.trainers import journal
 from rlhf_ray.trainers.journal import read_rollouts, write_rollouts
@@ -19,7 +19,8 @@ def rollouts() -> Rollouts:
         responses=["one two", "", "\x1b[31mred"],
         answers=[42, None, {"x": [1]}],
         prompt_ids=torch.tensor([3, 3, 8]),
-        policy_version=7,
+        # The first row went on under weights one iteration newer.
+        policy_versions=one_version(sequences, 7) + torch.tensor([[0, 0, 0, 1, 1], [0] * 5, [0] * 5]),
     )
 
 
@@ -54,7 +55,7 @@ def test_the_batch_comes_back_bit_for_bit(tmp_path):
     assert torch.equal(entry.rollouts.prompt_ids, written.prompt_ids)
     assert entry.rollouts.prompts == written.prompts
     assert entry.rollouts.answers == [42, None, {"x": [1]}]
-    assert entry.rollouts.policy_version == 7
+    assert torch.equal(entry.rollouts.policy_versions, written.policy_versions)
     assert torch.equal(entry.scores, scores)
     assert torch.equal(entry.parts["a"], scores)
     assert torch.equal(entry.kl, kl)

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Experience, Rollouts, make_sequences
+from rlhf_ray.data.batches import Experience, Rollouts, make_sequences, one_version
 from rlhf_ray.errors import InstallError
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.metrics import (
     MetricLog,
     check_tracking,
     distinct_bigram_share,
     experience_metrics,
-    read_metrics,
     rollout_metrics,
 )
 
@@ -40,7 +40,7 @@ def rollouts() -> Rollouts:
         responses=["x y x y", "x y"],
         answers=[None, None],
         prompt_ids=torch.tensor([0, 1]),
-        policy_version=0,
+        policy_versions=one_version(sequences, 0),
     )
 
 
@@ -83,7 +83,7 @@ def experience(**changes) -> Experience:
 
 
 def test_experience_metrics_by_hand():
-    metrics = experience_metrics(experience(), rollouts())
+    metrics = experience_metrics(experience(), rollouts(), version=0)
     assert metrics["generator/logprob_diff_mean"] == pytest.approx(0.8 / 4, abs=1e-6)
     assert metrics["generator/logprob_diff_max"] == pytest.approx(0.5, abs=1e-6)
     # d on the response tokens: 1, 0, 0 | -2.
@@ -96,10 +96,21 @@ def test_experience_metrics_by_hand():
     assert not any(name.startswith("critic/") for name in metrics)
 
 
+def test_generator_and_learner_are_compared_where_both_had_the_same_weights():
+    batch = rollouts()
+    batch.policy_versions[0, 3:] = 1
+    # Of the second version are the last two tokens of the first row: 0 and 0.2.
+    metrics = experience_metrics(experience(), batch, version=1)
+    assert metrics["generator/logprob_diff_mean"] == pytest.approx(0.1, abs=1e-6)
+    assert metrics["generator/logprob_diff_max"] == pytest.approx(0.2, abs=1e-6)
+    none = experience_metrics(experience(), batch, version=2)
+    assert not any(name.startswith("generator/") for name in none)
+
+
 def test_explained_variance_where_there_is_a_critic():
     returns = torch.tensor([[0.0, 0, 1, 3, 1], [0, 3, 0, 0, 0]])
     values = torch.tensor([[5.0, 5, 1, 2, 1], [5, 2, 5, 5, 5]])
-    metrics = experience_metrics(experience(returns=returns, values=values), rollouts())
+    metrics = experience_metrics(experience(returns=returns, values=values), rollouts(), version=0)
     # Var(returns) = 1; returns - values = 0, 1, 0, 1 with variance 0.25.
     assert metrics["critic/explained_variance"] == pytest.approx(0.75)
     assert metrics["critic/value_mean"] == pytest.approx(1.5)

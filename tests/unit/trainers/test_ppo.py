@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log, sqrt
+from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,23 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
-from rlhf_ray.data.batches import Experience, Rollouts
+from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Experience, Rollouts, one_version
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.journal import read_rollouts
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.ppo import (
     PpoGroups,
     Summary,
     evaluate,
     gather_judgements,
+    judge,
     make_experience,
     train_ppo,
     update,
 )
 from rlhf_ray.trainers.run import RunFolder
+from rlhf_ray.trainers.sampling import Piece, SampleStream
 from rlhf_ray.workers.learner import Values
 from rlhf_ray.workers.objectives import JointObjective, PolicyObjective, ValueObjective
 from tests.unit.trainers.fake_workers import (
@@ -190,13 +193,15 @@ def corrected(**changes: Any) -> tuple[Experience, Summary]:
         responses=TWO.responses,
         answers=TWO.answers,
         prompt_ids=TWO.prompt_ids,
-        policy_version=0,
+        policy_versions=one_version(TWO.sequences, 0),
     )
     config = ppo_settings(**changes)
     return make_experience(config, rollouts, SCORES, REFERENCE, OLD, VALUES, coefficient=0.1)
 
 
-@pytest.mark.parametrize("changes", [{"correction": {"mode": "on"}}, {"generator": {"dtype": "bfloat16"}}])
+@pytest.mark.parametrize(
+    "changes", [{"correction": {"mode": "on"}}, {"generator": {"dtype": "bfloat16"}}, {"staleness": 1}]
+)
 def test_correction_weights_are_capped(changes: dict[str, Any]) -> None:
     experience, summary = corrected(**changes)
     expected = torch.tensor([[1.0, 1.0, 2.0, 1.5, 1.0], [1.0, 1.0, 1.0, 0.5, 1.0]])
@@ -230,11 +235,17 @@ def test_no_correction(changes: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------ judgements
 
 
+def judgements(config: schema.Ppo, groups: PpoGroups, rollouts: Rollouts) -> tuple[Any, ...]:
+    """What is said of samples that come in one piece."""
+    return gather_judgements(groups, [judge(config, groups, Piece(torch.arange(len(rollouts)), rollouts))])
+
+
 def test_judgements_of_all_networks() -> None:
     events: Events = []
     groups = ppo_groups(events, critic=FakeLearner(events, "critic"), scores={"wit": 1.0, "length": -2.0})
     config = ppo_settings(sampling={"temperature": 0.5})
-    parts, reference, old, values = gather_judgements(config, groups, TWO)
+    rollouts, parts, reference, old, values = judgements(config, groups, TWO)
+    assert rollouts.responses == TWO.responses
     assert {name: part.tolist() for name, part in parts.items()} == {"wit": [1.0, 2.0], "length": [-2.0, -1.0]}
     close(reference, [-1.25] * 3, [-1.25] * 2)
     close(old, [-1.0] * 3, [-1.0] * 2)
@@ -249,8 +260,9 @@ def test_the_generators_own_logprobs_spare_the_learners_pass() -> None:
     groups = ppo_groups(events)
     rollouts = make_rollouts([3, 2])
     rollouts.generator_logprobs[:] = -7.0
-    _, reference, old, values = gather_judgements(ppo_settings(old_logprobs="generator"), groups, rollouts)
-    assert old is rollouts.generator_logprobs
+    found, _, reference, old, values = judgements(ppo_settings(old_logprobs="generator"), groups, rollouts)
+    assert old is found.generator_logprobs
+    assert torch.equal(old, rollouts.generator_logprobs)
     close(reference, [-1.25] * 3, [-1.25] * 2)
     assert events == [("reference logprobs", 1.0)]
     assert not values.values.any()
@@ -259,9 +271,8 @@ def test_the_generators_own_logprobs_spare_the_learners_pass() -> None:
 
 def test_without_a_reference_the_old_policy_is_the_reference() -> None:
     events: Events = []
-    _, reference, old, _ = gather_judgements(
-        ppo_settings(kl={"place": "off"}), ppo_groups(events, reference=False), TWO
-    )
+    config, groups = ppo_settings(kl={"place": "off"}), ppo_groups(events, reference=False)
+    *_, reference, old, _ = judgements(config, groups, TWO)
     assert reference is old
     assert events == [("policy logprobs", None)]
 
@@ -269,16 +280,37 @@ def test_without_a_reference_the_old_policy_is_the_reference() -> None:
 def test_the_policy_without_its_adapter_is_the_reference() -> None:
     events: Events = []
     config = ppo_settings(policy={"model": "org/base", "lora": {}}, sampling={"temperature": 0.5})
-    _, reference, old, _ = gather_judgements(config, ppo_groups(events, reference=False), TWO)
+    *_, reference, old, _ = judgements(config, ppo_groups(events, reference=False), TWO)
     close(reference, [-1.25] * 3, [-1.25] * 2)
     close(old, [-1.0] * 3, [-1.0] * 2)
     assert events == [("policy reference_logprobs", 0.5), ("policy logprobs", None)]
 
 
+def test_pieces_are_put_together_in_the_order_of_the_rows() -> None:
+    """Rows 3 and 1 finish first: whatever is said of them ends in places 3 and 1, padded to the longest row."""
+    events: Events = []
+    groups = ppo_groups(events, critic=FakeLearner(events, "critic"))
+    rollouts = make_rollouts([1, 2, 3, 4], ids=[5, 6, 7, 8])
+    pieces = [
+        Piece(torch.tensor([1, 3]), rollouts.select([1, 3])),
+        Piece(torch.tensor([0, 2]), Rollouts.concat([make_rollouts([1], ids=[5]), make_rollouts([3], ids=[7])])),
+    ]
+    asked = [judge(ppo_settings(), groups, piece) for piece in pieces]
+    assert [name for name, *_ in events] == ["reference logprobs", "policy logprobs", "critic values"] * 2
+    found, parts, reference, old, values = gather_judgements(groups, asked)
+    assert found.prompt_ids.tolist() == [5, 6, 7, 8]
+    assert torch.equal(found.sequences.tokens, rollouts.sequences.tokens)
+    # The fakes count from the first row of each piece.
+    assert parts["function"].tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert values.final.tolist() == [1.0, 1.0, 2.0, 2.0]
+    for tensor, value in ((reference, -1.25), (old, -1.0), (values.values, 0.5)):
+        close(tensor, *([value] * length for length in (1, 2, 3, 4)))
+
+
 def test_a_value_head_is_asked_for_both() -> None:
     events: Events = []
     policy = FakeLearner(events)
-    gather_judgements(ppo_settings(), ppo_groups(events, policy=policy, critic=policy), TWO)
+    judgements(ppo_settings(), ppo_groups(events, policy=policy, critic=policy), TWO)
     assert events[1:] == [("policy logprobs", None), ("policy values",)]
 
 
@@ -386,13 +418,14 @@ class Stage:
             if settings.target
             else FixedKlController(settings.coefficient)
         )
-        fakes: Any = (FakePrompts(), FakePrompts() if held_out else None)
+        fakes: Any = FakePrompts(), FakePrompts() if held_out else None
+        samples = SampleStream(self.config, groups.generator, fakes[0])
         sync: Any = FakeSync(self.events, groups.generator.worker)  # type: ignore[attr-defined]
         resume = self.run_dir.exists()
         with RunFolder.open(self.run_dir) if resume else RunFolder.create(self.run_dir, {"config.yaml": ""}) as folder:
             with stage_run(folder, self.config, total=self.config.iterations, recorder=recorder) as run:
-                run.start_or_resume(FakeParts(self.policy, kl))
-                train_ppo(self.config, groups, *fakes, sync, kl, run)
+                run.start_or_resume(FakeParts(self.policy, kl, samples))
+                train_ppo(self.config, groups, samples, fakes[1], sync, kl, run)
         return self.events
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -528,6 +561,69 @@ def test_a_resumed_stage_goes_on_where_it_was_saved(tmp_path: Path, fails_at: in
     names = ("kl/coefficient", "reward/mean", "policy/loss", "evaluation/reward_mean")
     for mine, other in zip(stage.metrics(), whole.metrics(), strict=True):
         assert [mine.get(name) for name in names] == [other.get(name) for name in names]
+
+
+def test_a_batch_is_judged_while_others_are_sampled(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, iterations=1, prompts_per_iteration=5, chunk_samples=2)
+    events = stage.session(held_out=False)
+    assert events[2:-4] == JUDGED * 3
+    kept = read_rollouts(stage.run_dir / "ppo/rollouts/iteration_000001.parquet")
+    assert kept.rollouts.prompt_ids.tolist() == [0, 1, 2, 3, 4]
+    # Rows 4 and 3 finish first, row 0 alone at the end; a piece's scores count from its first row.
+    assert kept.scores.tolist() == [0.0, 0.0, 1.0, 0.0, 1.0]
+
+
+def stale_events(iteration: int, *, staleness: int, total: int) -> Events:
+    """An iteration of a stage that samples ahead: the next batch is started before this one is judged."""
+    version = max(iteration - 1 - staleness, 0)
+    events = list(iteration_events(iteration, []))[1:]
+    where = next(index for index, event in enumerate(events) if event[0] == "check rollouts")
+    events[where] = ("check rollouts", version, -1.0)
+    ahead = range(1, 2 + staleness) if iteration == 1 else range(iteration + staleness, iteration + staleness + 1)
+    started = [("generate", number, [2 * number - 2, 2 * number - 1]) for number in ahead if number <= total]
+    return [*started, *events]
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_sampling_runs_ahead(tmp_path: Path, staleness: int) -> None:
+    """Batch k is sampled with the weights of version k - 1 - staleness, and evaluations read the newest ones."""
+    stage = Stage(tmp_path, iterations=4, staleness=staleness)
+    expected: Events = [("sync", 0), *EVALUATED]
+    for iteration in (1, 2, 3, 4):
+        expected += stale_events(iteration, staleness=staleness, total=4)
+    assert stage.session() == [*expected, *EVALUATED]
+    rows = stage.metrics()
+    assert [row["generator/policy_version_lag"] for row in rows[1:]] == [0, 1, staleness, staleness]
+    # Samples of other weights than the learner's cannot be compared with it.
+    assert [row["generator/attested_share"] for row in rows[1:]] == [1, 0, 0, 0]
+    assert ["generator/logprob_diff_mean" in row for row in rows[1:]] == [True, False, False, False]
+    assert [row["reward/mean"] for row in rows[1:]] == [0.5 + 100 * max(k - 1 - staleness, 0) for k in (1, 2, 3, 4)]
+    # exp(-1 + 0.75), which is below the cap.
+    assert rows[4]["correction/weight_mean"] == pytest.approx(exp(-0.25))
+    assert rows[4]["evaluation/reward_mean"] == 401.0
+
+
+@pytest.mark.parametrize(("staleness", "fails_at"), [(1, 3), (1, 4), (2, 3), (2, 2)])
+def test_a_resumed_stage_learns_from_what_was_sampled_ahead(tmp_path: Path, staleness: int, fails_at: int) -> None:
+    """The checkpoint after iteration 2 holds the samples of iteration 3 (and 4), of weights that are gone."""
+    changes: dict[str, Any] = {"iterations": 5, "checkpoints": {"every": 2}, "staleness": staleness}
+    whole = Stage(tmp_path / "whole", **changes)
+    whole.session()
+    stage = Stage(tmp_path / "stopped", **changes)
+    with pytest.raises(RuntimeError, match=f"update {fails_at}"):
+        stage.session(fails_at=fails_at)
+    events = stage.session()
+    if fails_at > 2:
+        first = 3 + staleness
+        assert events[:2] == [("sync", 2), ("generate", first, [2 * first - 2, 2 * first - 1])]
+    names = ("reward/mean", "policy/loss", "generator/policy_version_lag", "evaluation/reward_mean")
+    for mine, other in zip(stage.metrics(), whole.metrics(), strict=True):
+        assert [mine.get(name) for name in names] == [other.get(name) for name in names]
+    journals = [s.run_dir / "ppo/rollouts" for s in (stage, whole)]
+    for iteration in range(1, 6):
+        mine, other = (read_rollouts(folder / f"iteration_{iteration:06}.parquet") for folder in journals)
+        assert torch.equal(mine.rollouts.policy_versions, other.rollouts.policy_versions)
+        assert torch.equal(mine.scores, other.scores)
 
 
 def test_a_finished_stage_has_nothing_left(tmp_path: Path) -> None:

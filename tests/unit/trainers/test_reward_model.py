@@ -13,7 +13,7 @@ from rlhf_ray.config import schema
 from rlhf_ray.data.batches import PreferencePairs, make_sequences
 from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.distributed.tracing import Recorder
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.reward_model import score_statistics, train_reward_model
 from rlhf_ray.trainers.run import RunFolder
 from rlhf_ray.workers.objectives import BradleyTerryObjective

@@ -10,12 +10,12 @@ import torch
 import yaml
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Rollouts, make_sequences
+from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.distributed.tracing import Recorder, Span
 from rlhf_ray.errors import CheckpointError, ConfigError, DataError, Interrupted
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.model_card import write_model_card
-from rlhf_ray.trainers.run import RunFolder, StageRun, is_better, span_metrics
+from rlhf_ray.trainers.run import RunFolder, StageRun, is_better
 from rlhf_ray.trainers.view import PlainView
 
 
@@ -64,7 +64,7 @@ def rollouts(iteration: int, ids=(0, 1)) -> Rollouts:
         responses=[f"response {i} of {iteration}" for i in ids],
         answers=[None] * len(ids),
         prompt_ids=torch.tensor(ids),
-        policy_version=max(iteration - 1, 0),
+        policy_versions=one_version(sequences, max(iteration - 1, 0)),
     )
 
 
@@ -98,7 +98,7 @@ def train(folder: RunFolder, config: schema.Ppo, counter: Counter, *, during=Non
 
 def learnt(run_dir: Path) -> list[dict[str, object]]:
     rows = read_metrics(run_dir)
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(("time/", "driver/"))} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -435,34 +435,12 @@ def test_an_adapter_is_a_result_too(tmp_path):
         assert folder.result("ppo") == result
 
 
-def test_span_metrics_by_hand():
-    spans = [
-        Span("generator", 0, "generate", 0.0, 2.0),
-        Span("generator", 1, "generate", 0.0, 4.0),
-        Span("policy", 0, "logprobs", 4.0, 5.0),
-        Span("policy", 0, "update", 5.0, 7.0),
-        Span("reference", 0, "logprobs", 4.0, 4.5),
-    ]
-    metrics = span_metrics(spans, wall_s=10.0, tokens={"response": 100.0, "all": 300.0})
-    assert metrics == {
-        "time/generate_s": 4.0,
-        "time/policy_logprobs_s": 1.0,
-        "time/policy_update_s": 2.0,
-        "time/reference_logprobs_s": 0.5,
-        "generator/tokens_per_s": 25.0,
-        "policy/tokens_per_s": 150.0,
-        "reference/tokens_per_s": 600.0,
-        "generator/busy_share": 0.3,
-        "policy/busy_share": 0.3,
-        "reference/busy_share": 0.05,
-    }
-
-
 def test_what_an_evaluation_calls_is_no_training_time(tmp_path):
     recorder = Recorder()
 
     def generate(seconds: float) -> None:
-        recorder.finish(recorder.begin("generator", "generate"), [Span("generator", 0, "generate", 0.0, seconds)])
+        span = Span("generator", 0, "generate", 0.0, seconds, tokens=4)
+        recorder.finish(recorder.begin("generator", "generate"), [span])
 
     view = PlainView("ppo", 1, recorder, unit="iteration", out=io.StringIO())
     with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:

@@ -13,7 +13,7 @@ from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Sequences, make_sequences
 from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.distributed.tracing import Recorder
-from rlhf_ray.trainers.metrics import read_metrics
+from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.run import RunFolder
 from rlhf_ray.trainers.sft import total_steps, train_sft
 from rlhf_ray.workers.objectives import LanguageObjective

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.logprobs import token_logprobs
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Sequences, make_sequences
+from rlhf_ray.data.batches import Rollouts, Sequences, make_sequences
 from rlhf_ray.distributed import transports
 from rlhf_ray.distributed.groups import Pending
 from rlhf_ray.distributed.place import Place
@@ -297,3 +297,26 @@ def test_every_receiver_of_every_generator_is_compared() -> None:
     check_arrivals(sent, [[good, good], [good, good]])
     with pytest.raises(WeightSyncError, match="generator 1: tensor 'a'"):
         check_arrivals(sent, [[good, good], [good, ReceivedWeights(1, {"a": 2}, 4)]])
+
+
+def test_samples_are_compared_where_they_are_of_the_learners_weights() -> None:
+    """Four response tokens, the first two of an earlier version: only the others must be the learner's."""
+    group: Any = ThreadGroup("policy", [])
+    settings: Any = schema.Placement(), schema.Generator()
+    sync = WeightSync(group, group, settings=settings[0], generator_settings=settings[1], learner_dtype="float32")
+    sequences = make_sequences([[1]], [[5, 6, 7, 8]])
+    rollouts = Rollouts(
+        sequences=sequences,
+        generator_logprobs=torch.tensor([[0.0, -1, -1, -1, -1]]),
+        finished=torch.tensor([True]),
+        prompts=["p"],
+        responses=["r"],
+        answers=[None],
+        prompt_ids=torch.tensor([4]),
+        policy_versions=torch.tensor([[0, 6, 6, 7, 7]]),
+    )
+    logprobs = torch.tensor([[0.0, -1, -3, -1, -1]])
+    assert sync.check_rollouts(rollouts, logprobs, version=7) == {"generator/attested_share": 0.5}
+    assert sync.check_rollouts(rollouts, logprobs, version=8) == {"generator/attested_share": 0.0}
+    with pytest.raises(WeightSyncError, match=r"version 6: .* 2 at most .* token 2 of row 0 \(prompt 4\), id 6"):
+        sync.check_rollouts(rollouts, logprobs, version=6)

@@ -55,7 +55,7 @@ def test_siblings_are_adjacent_and_belong_to_their_prompt(llama: str) -> None:
     assert found.prompts == ["first", "first", "second", "second", "third", "third"]
     assert found.answers == ["a", "a", None, None, 3, 3]
     assert found.prompt_ids.tolist() == [7, 7, 3, 3, 12, 12]
-    assert found.policy_version == 0
+    assert not found.policy_versions.any()
     assert [row[:2] for row in found.sequences.tokens.tolist()] == [
         [1, 50],
         [1, 50],

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Rollouts, make_sequences
+from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.errors import ConfigError, WorkerError
 from rlhf_ray.workers.reward_functions import check_function
@@ -61,7 +61,7 @@ def make_rollouts(
         responses=responses,
         answers=[str(index) for index in range(len(prompts))],
         prompt_ids=torch.arange(len(prompts)) + 70,
-        policy_version=0,
+        policy_versions=one_version(sequences, 0),
     )
 
 

@@ -75,13 +75,17 @@ def forward(
     return Outputs(logprobs, entropies, before, final)
 
 
-def plan_answers(lengths: Sequence[int], *, max_tokens: int, layout: Layout, device: torch.device) -> list[list[int]]:
-    """Rows by forward pass for `answer_totals`.
+def plan_answers(
+    lengths: Sequence[int], *, max_tokens: int, layout: Layout, device: torch.device, joined: bool
+) -> list[list[int]]:
+    """Rows by forward pass for `answer_totals`; rows 2i and 2i + 1 are a pair.
 
-    On a CPU every row goes through the network alone, so that its number is the same bits beside any other rows.
+    On a CPU every pair goes through the network alone, `joined` in one row where that can be, so that its numbers are
+    the same bits beside any other pairs.
     """
-    alone = 1 if device.type == "cpu" else None
-    return plan_micro_batches(lengths, max_tokens=max_tokens, max_sequences=alone, padded=layout == "padded")
+    if device.type == "cpu":
+        return [[row, row + 1] for row in range(0, len(lengths), 2)] if joined else [[i] for i in range(len(lengths))]
+    return plan_micro_batches(lengths, max_tokens=max_tokens, padded=layout == "padded")
 
 
 def answer_totals(judged: Iterable[tuple[list[int], Outputs]], response_mask: TokenMask) -> SequenceFloat:

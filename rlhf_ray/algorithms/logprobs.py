@@ -21,7 +21,7 @@ from rlhf_ray.shapes import LastHidden, TokenFloat, TokenIds, TokenLogits, Token
 Entropy: TypeAlias = Literal["off", "reported", "trained"]
 """Whether entropies are computed, and whether they have a gradient."""
 
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _BLOCK_BYTES = 1 << 20
 
 
@@ -90,7 +90,7 @@ def projected_logprobs(
     """[M] log-probabilities, and entropies, of the M wanted tokens in row order, from the states behind the logits.
 
     Equal to `token_logprobs_and_entropy` of the logits W h + b, of which it never holds more than a chunk: those of the
-    next chunk take their place, and the backward pass makes them anew. Where one chunk takes them all, they are kept.
+    next chunk take their place, and the backward pass makes them anew. Those of two chunks or less are kept for it.
 
     With x = (W h + b) / temperature, p = softmax(x), the token y, and the entropy H = -sum_v p_v log p_v:
 
@@ -107,13 +107,15 @@ def projected_logprobs(
         wanted: the tokens that are asked for; never at position 0.
         temperature: the temperature that the tokens were sampled with, above 0.
         entropy: `off` gives None, `reported` entropies without a gradient.
-        chunk_bytes: size of a chunk's logits; by default 64 MiB, on a GPU 512 MiB.
+        chunk_bytes: size of a chunk's logits; by default 32 MiB, on a GPU 256 MiB.
     """
     require(temperature > 0, "temperature", temperature, "a number above 0")
     chunk_bytes = chunk_bytes or _CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
     predicting = wanted[:, 1:].flatten().nonzero().squeeze(1)
     states = hidden[:, :-1].flatten(0, 1).index_select(0, predicting)
     chunk = max(1, chunk_bytes // (len(weight) * states.element_size()))
+    if len(states) <= 2 * chunk:
+        chunk = max(1, len(states))
     found: tuple[Tensor, Tensor | None] = _Projected.apply(  # type: ignore[no-untyped-call]
         states, weight, bias, tokens[:, 1:][wanted[:, 1:]], temperature, entropy, chunk
     )

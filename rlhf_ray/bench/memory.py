@@ -28,7 +28,7 @@ ROWS, LENGTH = 8, 512
 """Of the one micro-batch: 4,096 tokens."""
 MOST_LOGITS = 0.35
 """Bound of the learner's memory above its resting state, over that with all logits at once."""
-FEW, MANY = 1_000, 100_000
+FEW, MANY, QUICK_MANY = 1_000, 100_000, 20_000
 """Preference pairs; the many are the few again and again."""
 
 
@@ -59,13 +59,14 @@ def logits(settings: Settings) -> list[Figure]:
 
 def dpo_pairs(settings: Settings) -> list[Figure]:
     """A few steps of DPO on 100,000 pairs, over the same on 1,000; of the driver, the policy and the reference."""
+    many_pairs = QUICK_MANY if settings.quick else MANY
     model = workload.save_model(settings.folder / "model")
     few, many = settings.folder / "few.jsonl", settings.folder / "many.jsonl"
     write_pairs(few, FEW)
-    many.write_bytes(few.read_bytes() * (MANY // FEW))
+    many.write_bytes(few.read_bytes() * (many_pairs // FEW))
     found: dict[str, list[tuple[float, float]]] = {}
     for repeat in range(settings.repeats):
-        settings.say(f"DPO on {MANY:,} pairs, repeat {repeat + 1} of {settings.repeats}")
+        settings.say(f"DPO on {many_pairs:,} pairs, repeat {repeat + 1} of {settings.repeats}")
         folders = [settings.folder / f"{data.stem}_{repeat}" for data in (many, few)]
         peaks = [
             apart(preference_peaks, str(model), str(data), str(folder))

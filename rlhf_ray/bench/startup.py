@@ -76,7 +76,8 @@ def _first_token(folder: Path, number: int, model: Path, prompts: Path) -> float
     events = json.loads((run_dir / trace.FILE).read_text())
     roles = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     tokens = [event for event in events if event["ph"] == "X" and event["args"].get("tokens")]
-    return min(call["ts"] + call["dur"] for call in tokens if roles[call["pid"]] == "generator") / 1e6 - began
+    ends = [float(call["ts"] + call["dur"]) for call in tokens if roles[call["pid"]] == "generator"]
+    return min(ends) / 1e6 - began
 
 
 def _start_alone(part: str, model: Path) -> float:
@@ -94,7 +95,7 @@ def _start_alone(part: str, model: Path) -> float:
 def _ray(model: str) -> None:
     from rlhf_ray.distributed.placement import Cluster
 
-    Cluster("local").__enter__()
+    assert Cluster("local").__enter__().address
 
 
 def _engine(model: str) -> None:

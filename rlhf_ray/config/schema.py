@@ -641,7 +641,7 @@ class Sft(Section):
     """Sequences per optimizer step, over all workers."""
     packing: StrictBool | None = None
     """Put several sequences in one row, without attention between them; off: rows of similar length side by side.
-    Unset: on where there is a GPU; on a CPU side by side is faster."""
+    Unset: on where the architecture allows it."""
     dropout: StrictBool = False
     """Keep the model's dropout switched on while training."""
     evaluation: TextEvaluation = TextEvaluation()
@@ -711,6 +711,10 @@ class Ppo(Section):
     staleness: Annotated[StrictInt, Field(ge=0)] = 0
     """Iterations that sampling runs ahead: 0, each batch is sampled with the weights that then learn from it; 1, the
     next batch is sampled while this one is scored and learnt, with weights that are one update older."""
+    interrupted: Literal["wait", "keep", "abandon"] = "wait"
+    """Responses that are unfinished when the weights change: wait, the change waits for them; keep, it waits for three
+    quarters of the batch, and the others go on with the new weights; abandon, the others begin anew with them. Runs
+    are repeatable, but with keep and abandon only where the same checkpoints are written: a checkpoint waits."""
     chunk_samples: Count | None = None
     """Samples that are scored together while others are still sampled; unset: a quarter of each generator's, at least
     16."""
@@ -793,7 +797,7 @@ class Dpo(Section):
     """Pairs per optimizer step, over all workers."""
     packing: StrictBool | None = None
     """Put several answers in one row, without attention between them; off: rows of similar length side by side.
-    Unset: on where there is a GPU; on a CPU side by side is faster."""
+    Unset: on where the architecture allows it."""
     dropout: StrictBool = False
     """Keep the model's dropout switched on while training."""
     loss: PreferenceLoss = PreferenceLoss()

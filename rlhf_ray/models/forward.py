@@ -1,15 +1,13 @@
 """From rows to log-probabilities, entropies and values, without padding reaching a result.
 
-Rows go through the network packed (one long row, told apart by position ids), or side by side, filled up on
-the right, where a causal network cannot see it. Side by side, rows of similar length are the faster way with
-plain attention, which spends its time on the zeros between packed rows as well.
+Rows go through the network packed, as one long row without any padding, where its attention can tell them
+apart (attention.py); else side by side, filled up on the right, where a causal network cannot see it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -23,7 +21,7 @@ from rlhf_ray.models.heads import NetworkOutput
 from rlhf_ray.shapes import SequenceFloat, TokenFloat, TokenMask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 Layout: TypeAlias = Literal["packed", "padded"]
 RunNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Entropy], NetworkOutput]
@@ -77,13 +75,17 @@ def forward(
     return Outputs(logprobs, entropies, before, final)
 
 
-def plan_answers(lengths: Sequence[int], *, max_tokens: int, layout: Layout, device: torch.device) -> list[list[int]]:
-    """Rows by forward pass for `answer_totals`.
+def plan_answers(
+    lengths: Sequence[int], *, max_tokens: int, layout: Layout, device: torch.device, joined: bool
+) -> list[list[int]]:
+    """Rows by forward pass for `answer_totals`; rows 2i and 2i + 1 are a pair.
 
-    On a CPU every row goes through the network alone, so that its number is the same bits beside any other rows.
+    On a CPU every pair goes through the network alone, `joined` in one row where that can be, so that its numbers are
+    the same bits beside any other pairs.
     """
-    alone = 1 if device.type == "cpu" else None
-    return plan_micro_batches(lengths, max_tokens=max_tokens, max_sequences=alone, padded=layout == "padded")
+    if device.type == "cpu":
+        return [[row, row + 1] for row in range(0, len(lengths), 2)] if joined else [[i] for i in range(len(lengths))]
+    return plan_micro_batches(lengths, max_tokens=max_tokens, padded=layout == "padded")
 
 
 def answer_totals(judged: Iterable[tuple[list[int], Outputs]], response_mask: TokenMask) -> SequenceFloat:
@@ -134,27 +136,3 @@ def _padded(sequences: Sequences, device: torch.device) -> _Arranged:
 def _place(flat: Tensor, mask: Tensor) -> Tensor:
     """The values of the mask's tokens, in row order, at their places in [B, T]; 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
-
-
-@torch.no_grad()
-def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether two rows in one pack give the logits that they give alone, tried out on a few tokens."""
-    if "logits_to_keep" not in signature(model.forward).parameters:
-        return False
-    rows = [[1, 2, 3], [2, 3, 1, 1]]
-    vocabulary = model.config.get_text_config().vocab_size
-
-    def logits(tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        ids = torch.tensor([tokens], device=model.device) % vocabulary
-        found: Tensor = model(
-            input_ids=ids, position_ids=torch.tensor([positions], device=model.device), use_cache=False
-        ).logits[0]
-        return found.float()
-
-    try:
-        packed = logits(rows[0] + rows[1], [0, 1, 2, 0, 1, 2, 3])
-    except TypeError:
-        return False
-    alone = torch.cat([logits(row, range(len(row))) for row in rows])
-    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
-    return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())

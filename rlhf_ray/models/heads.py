@@ -19,6 +19,7 @@ from rlhf_ray.algorithms.logprobs import (
     token_logprobs,
     token_logprobs_and_entropy,
 )
+from rlhf_ray.models.attention import rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +99,7 @@ class LanguageModel(nn.Module):
         """Log-probabilities, entropies, and the last hidden states [R, N, H]; None where nobody asks for them."""
         # Packing needs exactly this: no attention mask and no cache, else rows of a pack see each other.
         inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": position_ids, "use_cache": False}
+        inputs |= rows_of(self.language_model, position_ids)
         if self.projects:
             hidden = self.language_model.base_model(**inputs).last_hidden_state
             output_layer = self.language_model.get_output_embeddings()
@@ -134,7 +136,9 @@ class ValueModel(nn.Module):
         self, tokens: Tensor, position_ids: Tensor, wanted: Tensor, temperature: float, entropy: Entropy
     ) -> NetworkOutput:
         """Values only."""
-        output = self.trunk(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        output = self.trunk(
+            input_ids=tokens, position_ids=position_ids, use_cache=False, **rows_of(self.trunk, position_ids)
+        )
         return None, None, self.value_head(output.last_hidden_state)
 
 
@@ -164,7 +168,9 @@ class RewardModel(nn.Module):
         self, tokens: Tensor, position_ids: Tensor, wanted: Tensor, temperature: float, entropy: Entropy
     ) -> NetworkOutput:
         """Values only: the score that a row would have if it ended with this token."""
-        output = self.classifier.base_model(input_ids=tokens, position_ids=position_ids, use_cache=False)
+        output = self.classifier.base_model(
+            input_ids=tokens, position_ids=position_ids, use_cache=False, **rows_of(self.classifier, position_ids)
+        )
         scores: Tensor = self.classifier.score(output.last_hidden_state).squeeze(-1)
         return None, None, scores.to(torch.promote_types(scores.dtype, torch.float32))
 

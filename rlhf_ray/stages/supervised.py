@@ -27,7 +27,7 @@ def run_supervised(site: Site, stage: schema.Sft | schema.RewardModel) -> None:
             head="none" if stage.method == "sft" else "score",
             total_steps=total,
             dropout=stage.dropout,
-            packing=stage.packing if stage.method == "sft" else False,
+            packing=stage.packing if stage.method == "sft" else None,
         )
         actors.wait()
         if stage.method == "sft":

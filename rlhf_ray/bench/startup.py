@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from rlhf_ray.bench import workload
 from rlhf_ray.bench.end_to_end import write_prompts
 from rlhf_ray.bench.figures import Figure, Settings, alone, from_pairs
 from rlhf_ray.bench.workload import save_model
@@ -36,7 +37,7 @@ def measure(settings: Settings) -> list[Figure]:
     """Seconds to the first token against the sum of the floors, and the floors by themselves."""
     model = save_model(settings.folder / "model_s")
     (settings.folder / "startup_rewards.py").write_text(_REWARD)
-    prompts = write_prompts(settings.folder / "prompts.jsonl", 64)
+    prompts = write_prompts(settings.folder / "prompts.jsonl", workload.prompts(64))
     starts: dict[str, list[float]] = {part: [] for part in _PARTS}
     pairs = []
     for repeat in range(settings.repeats + 1):

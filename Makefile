@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/quickstart
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install quickstart test unit integration slow-test check format gpu-test clean help
+.PHONY: install quickstart test unit integration slow-test check format gpu-test bench bench-quick clean help
 
 help:
 	@sed -n '1,2p' Makefile
@@ -45,6 +45,14 @@ slow-test: install
 
 gpu-test: install
 	$(BIN)/python -m pytest tests/gpu
+
+# An hour or so on a quiet machine; the figures and the plot of the README.
+bench: install
+	$(BIN)/rlhf-ray bench all --json benchmarks/results/bench.json --plot benchmarks/results/bench.html; \
+	status=$$?; $(BIN)/python benchmarks/readme.py && exit $$status
+
+bench-quick: install
+	$(BIN)/rlhf-ray bench all --quick
 
 check: install
 	$(BIN)/ruff format --check .

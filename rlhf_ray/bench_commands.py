@@ -22,8 +22,8 @@ from rlhf_ray.terminal import exit_codes, show, sigterm_exits
 ALL = "all"
 REPEATS = 5
 QUICK_REPEATS = 2
-DEADLINE_S = 3600.0
-QUICK_DEADLINE_S = 600.0
+DEADLINE_S = 7200.0
+QUICK_DEADLINE_S = 1200.0
 
 
 class _RunIsTheDefault(TyperGroup):

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from rlhf_ray.errors import Interrupted, RlhfRayError, UserError
 
 DEBUG = "RLHF_RAY_DEBUG"
+WIDTH = 120
+"""Columns of what is not printed to a terminal."""
 
 
 @contextmanager
@@ -63,7 +65,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def show(what: Any) -> None:
-    """Prints a text, or anything that rich can show, as it is."""
+    """Prints a text, or anything that rich can show, as it is; wide enough for tables where nobody sees the edge."""
     from rich.console import Console
 
-    Console(highlight=False, markup=False).print(what)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH).print(what)

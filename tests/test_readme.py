@@ -15,6 +15,8 @@ import torch
 from pyarrow import Table, parquet
 
 from rlhf_ray import errors
+from rlhf_ray.bench.figures import Figure
+from rlhf_ray.bench.suite import Outcome
 from rlhf_ray.cli import main
 from rlhf_ray.config.describe import METHODS, Setting, list_settings
 from rlhf_ray.config.load import load_pipeline
@@ -98,6 +100,11 @@ def test_a_command_works(
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert arguments[1] in capsys.readouterr().err
+    elif arguments[0] == "bench":
+        # tests/integration/test_bench.py measures for real.
+        held = Outcome("learn", figures=(Figure("learn/tokens", 1.0, "s"),))
+        monkeypatch.setattr("rlhf_ray.bench.suite.run_benchmark", lambda name, **settings: held)
+        assert exit_code(*arguments) == 0
     else:
         assert exit_code(*arguments) == 0
 

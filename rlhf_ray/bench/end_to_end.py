@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,12 @@ class Course:
     Args:
         rows: its metrics, one row a step.
         ends: when each step had ended: seconds of a clock, and CPU seconds of this process and all below it.
+        looks: what `run`'s `look` saw then.
     """
 
     rows: Sequence[Mapping[str, Any]]
     ends: Sequence[tuple[float, float]]
+    looks: Sequence[Mapping[str, float]] = ()
 
     def cost(self, units: str, *, first: int = 2) -> Cost:
         """What the steps from number `first` on did and took, without the last, in which nothing is fetched ahead.
@@ -63,19 +65,28 @@ def local_ray() -> Cluster:
     return Cluster("local", start_timeout_s=_START_TIMEOUT_S)
 
 
-def run(stage: Mapping[str, Any], folder: Path) -> Course:
+def run(
+    stage: Mapping[str, Any],
+    folder: Path,
+    *,
+    transport: str = "auto",
+    look: Callable[[], Mapping[str, float]] | None = None,
+) -> Course:
     """Runs a pipeline of one stage in this process and watches it.
 
     Args:
         stage: settings as in a pipeline file; nothing is evaluated, and no checkpoint is kept before the end.
         folder: for the run; there must be none in it. A reward function's module lies beside it.
+        transport: how weights travel.
+        look: is called whenever a step has ended.
     """
-    placement = {"start_timeout_s": _START_TIMEOUT_S, "call_timeout_s": _CALL_TIMEOUT_S}
+    placement = {"start_timeout_s": _START_TIMEOUT_S, "call_timeout_s": _CALL_TIMEOUT_S, "transport": transport}
     stages = [{"evaluation": {"every": 0}, "checkpoints": {"every": 0}, **stage}]
     config = schema.Pipeline.model_validate({"run_dir": str(folder), "placement": placement, "stages": stages})
     ends: list[tuple[float, float]] = []
+    looks: list[Mapping[str, float]] = []
     done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(folder / FILE, ends, done), daemon=True)
+    watch = threading.Thread(target=_watch, args=(folder / FILE, ends, looks, look or dict, done), daemon=True)
     watch.start()
     try:
         run_pipeline(config, pipeline_dir=folder.parent, resume=False)
@@ -84,7 +95,7 @@ def run(stage: Mapping[str, Any], folder: Path) -> Course:
         watch.join()
     rows = read_metrics(folder)
     first = sum(row["iteration"] == 0 for row in rows)
-    return Course(rows[first:], ends[first:])
+    return Course(rows[first:], ends[first:], looks[first:])
 
 
 def family() -> list[int]:
@@ -92,21 +103,29 @@ def family() -> list[int]:
     return [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
 
 
-def _watch(metrics: Path, ends: list[tuple[float, float]], done: threading.Event) -> None:
+def _watch(
+    metrics: Path,
+    ends: list[tuple[float, float]],
+    looks: list[Mapping[str, float]],
+    look: Callable[[], Mapping[str, float]],
+    done: threading.Event,
+) -> None:
     """Notes time and CPU seconds at the moment at which each row of metrics is written."""
     seen = 0
     while not done.wait(_LOOK_S):
         if not metrics.exists() or metrics.stat().st_size == seen:
             continue
-        now, spent = time.perf_counter(), cpu_seconds(family())
+        now, spent, seen_now = time.perf_counter(), cpu_seconds(family()), look()
         content = metrics.read_bytes()
         seen = len(content)
-        ends.extend([(now, spent)] * (content.count(b"\n") - len(ends)))
+        new = content.count(b"\n") - len(ends)
+        ends.extend([(now, spent)] * new)
+        looks.extend([seen_now] * new)
 
 
-def write_prompts(path: Path, count: int) -> Path:
-    """Prompts of the workload as JSON lines; gives the path, as the others do."""
-    return _write(path, ({"prompt": workload.text(prompt)} for prompt in workload.prompts(count)))
+def write_prompts(path: Path, prompts: Iterable[list[int]]) -> Path:
+    """Prompts as JSON lines; gives the path, as the others do."""
+    return _write(path, ({"prompt": workload.text(prompt)} for prompt in prompts))
 
 
 def write_texts(path: Path, count: int) -> Path:

@@ -25,6 +25,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def short(unit: str) -> str:
+    """`tokens per CPU-second` -> `tokens/CPU-s`."""
+    return unit.replace(" per ", "/").replace("second", "s")
+
+
 def bound(figure: Figure) -> str:
     """`>= 0.8`, `<= 1.25`, or nothing."""
     parts = [f">= {figure.at_least:g}"] if figure.at_least is not None else []
@@ -38,20 +43,20 @@ def verdict(figure: Figure) -> str:
 
 def results_table(results: Results) -> RenderableType:
     """Every figure beside its floor; what was skipped or failed; the machine."""
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("figure", no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("figure", overflow="fold")
     for heading in ("ours", "floor"):
-        table.add_column(heading, justify="right")
-    table.add_column("unit", overflow="fold")
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("unit", no_wrap=True)
     for heading in ("ratio", "bound", "spread"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for figure in results.figures:
         table.add_row(
             figure.name,
             number(figure.value),
             "" if figure.floor is None else number(figure.floor),
-            figure.unit,
+            short(figure.unit),
             "" if figure.ratio is None else f"{figure.ratio:.3f}",
             bound(figure),
             f"{figure.spread:.0%}" if figure.repeats > 1 else "",
@@ -77,8 +82,8 @@ def machine_line(results: Results) -> str:
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """Each figure before and after, and what that means."""
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("figure", no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("figure", overflow="fold")
     for heading in ("first", "second", "change", "allowed"):
         table.add_column(heading, justify="right")
     table.add_column("verdict")
@@ -97,7 +102,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 def _judged(figure: Figure | None) -> str:
     if figure is None:
         return ""
-    return f"{number(figure.value)} {figure.unit}" if figure.ratio is None else f"{figure.ratio:.3f}"
+    return f"{number(figure.value)} {short(figure.unit)}" if figure.ratio is None else f"{figure.ratio:.3f}"
 
 
 def markdown_table(figures: Sequence[Figure]) -> str:

@@ -711,6 +711,10 @@ class Ppo(Section):
     staleness: Annotated[StrictInt, Field(ge=0)] = 0
     """Iterations that sampling runs ahead: 0, each batch is sampled with the weights that then learn from it; 1, the
     next batch is sampled while this one is scored and learnt, with weights that are one update older."""
+    interrupted: Literal["wait", "keep", "abandon"] = "wait"
+    """Responses that are unfinished when the weights change: wait, the change waits for them; keep, it waits for three
+    quarters of the batch, and the others go on with the new weights; abandon, the others begin anew with them. Runs
+    are repeatable, but with keep and abandon only where the same checkpoints are written: a checkpoint waits."""
     chunk_samples: Count | None = None
     """Samples that are scored together while others are still sampled; unset: a quarter of each generator's, at least
     16."""

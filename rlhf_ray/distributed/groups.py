@@ -354,6 +354,7 @@ class RayGroup(Generic[W]):
         self._recorder = recorder
         self._release: Callable[[bool], None] | None = release
         self._under_way: set[int] = set()
+        self._built = built
         self._processes = [call.process for call in built]
         self.ready: Pending[None] = self._pending(built, lambda _: None, iteration=recorder.iteration)
 
@@ -399,6 +400,18 @@ class RayGroup(Generic[W]):
 
     def first(self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Pending[R]:
         return self.one(0, method, *args, **kwargs)
+
+    def part(self, workers: int) -> RayGroup[W]:
+        """The first workers as a group of their own; closing it leaves them."""
+        return RayGroup(
+            self.role,
+            self._hosts[:workers],
+            collective=self._collective,
+            timeout_s=self._timeout_s,
+            recorder=self._recorder,
+            built=self._built[:workers],
+            release=lambda idle: None,
+        )
 
     def close(self) -> None:
         release, self._release = self._release, None

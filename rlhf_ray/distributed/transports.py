@@ -25,17 +25,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import xxhash
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistStoreError
 
 from rlhf_ray.distributed.faults import fault
 from rlhf_ray.distributed.wires import TransportKind, Wire, attach_wire, make_wire
 from rlhf_ray.errors import WeightSyncError
 
-_LONGEST_PAUSE_S = 0.005
 _ALIGN = 64
 _ROW_WORDS = 256
-_CHUNK_WORDS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,21 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class SentWeights:
-    """What the learner sent: version, digest of each tensor by name (only rank 0's are filled), bytes."""
+    """What the learner sent; all but rank 0's is empty.
+
+    Args:
+        version: of the weights.
+        digests: of each tensor by name.
+        nbytes: bytes of all tensors.
+        buckets: number of buckets that carried them.
+        seconds: from the moment when all receivers were there until they had taken the last tensor.
+    """
 
     version: int
     digests: dict[str, int]
     nbytes: int
+    buckets: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,29 +111,27 @@ class ReceivedWeights:
 
 
 def digest(tensor: Tensor) -> int:
-    """64 bits that depend on every byte of the tensor, its place, the shape and the dtype.
+    """64 bits that depend on every byte of the tensor, its place, the shape, the dtype and the kind of device.
 
-    Integer sums modulo 2**64 of the rows and columns of the tensor's words, weighted by position: exact on every
-    device, whatever the order of summation.
+    XXH3 of the bytes on a CPU, as fast as memory is; on a GPU, where it does not run, integer sums modulo 2**64 of the
+    rows and columns of the tensor's words, weighted by position: exact, whatever the order of summation.
     """
-    raw = tensor.detach().reshape(-1).contiguous()
-    if raw.storage_offset() * raw.element_size() % 8:
-        raw = raw.clone()
-    data = raw.view(torch.uint8)
+    data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    sums = position_sums(data) if data.is_cuda else [xxhash.xxh3_64_intdigest(data.numpy().data)]
+    text = json.dumps([*sums, list(tensor.shape), _dtype_name(tensor.dtype)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def position_sums(data: Tensor) -> list[int]:
+    """Integer sums that tell flat bytes from any others: of rows and columns of words, and of what is left over."""
+    if data.storage_offset() % 8:
+        data = data.clone()
     whole = data.numel() // 8 * 8
     words = data[:whole].view(torch.int64)
     full = words.numel() // _ROW_WORDS * _ROW_WORDS
     table = words[:full].view(-1, _ROW_WORDS)
-    # On a CPU both sums of a chunk find it in the cache; on a GPU one launch is cheaper than many.
-    parts = (table,) if tensor.is_cuda else torch.split(table, _CHUNK_WORDS // _ROW_WORDS)
-    columns = torch.zeros(_ROW_WORDS, dtype=torch.int64, device=data.device)
-    rows = [torch.zeros(0, dtype=torch.int64, device=data.device)]
-    for part in parts:
-        columns += part.sum(0)
-        rows.append(part.sum(1))
-    sums = [_weighted(columns), _weighted(torch.cat(rows)), _weighted(words[full:]), _weighted(data[whole:].long())]
-    text = json.dumps([*(int(value) for value in sums), list(tensor.shape), _dtype_name(tensor.dtype)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    rest = (_weighted(words[full:]), _weighted(data[whole:].long()))
+    return [int(value) for value in (_weighted(table.sum(0)), _weighted(table.sum(1)), *rest)]
 
 
 def _weighted(words: Tensor) -> Tensor:
@@ -174,6 +182,7 @@ def send_buckets(
     outgoing = _Outgoing(sender, action)
     try:
         sender.begin(version - 1 if action == "stale_version" else version)
+        start = time.perf_counter()
         for bucket in stream:
             for name, tensor in bucket:
                 outgoing.put(name, tensor)
@@ -183,7 +192,8 @@ def send_buckets(
         for _ in stream:
             pass
         raise
-    return SentWeights(version, outgoing.digests, sender.nbytes)
+    seconds = time.perf_counter() - start
+    return SentWeights(version, outgoing.digests, sender.nbytes, sender.buckets, seconds)
 
 
 class _Outgoing:
@@ -197,6 +207,8 @@ class _Outgoing:
         self._held: dict[tuple[torch.Size, torch.dtype], tuple[str, Tensor]] = {}
 
     def put(self, name: str, tensor: Tensor) -> None:
+        # Both sides digest on the wire's device.
+        tensor = tensor.detach().to(self._sender.device)
         self.digests[name] = digest(tensor)
         if self._action in ("drop_tensor", "swap_tensors", "corrupt") and not self._spoiled:
             self._spoil(name, tensor)
@@ -243,37 +255,26 @@ class _Side:
     def __init__(self, spec: TransportSpec, store: Store) -> None:
         self.spec = spec
         self._store = store
+        store.set_timeout(timedelta(seconds=spec.timeout_s))
 
-    def _key(self, *parts: object) -> str:
-        return "/".join(str(part) for part in (self.spec.session, *parts))
+    def _tell(self, to: object, message: dict[str, Any]) -> None:
+        """Puts a message into the mailbox of a receiver, by its rank, or of the `sender`."""
+        with self._in_words(f"writing to {to}"):
+            self._store.queue_push(self._mailbox(to), json.dumps(message))
 
-    def _set(self, key: str, value: str) -> None:
-        with self._in_words(f"writing {key}"):
-            self._store.set(key, value)
+    def _hear(self, me: object, what: str) -> dict[str, Any]:
+        """The next message in the own mailbox; raises when the other side failed or the deadline passed."""
+        with self._in_words(what):
+            try:
+                message: dict[str, Any] = json.loads(self._store.queue_pop(self._mailbox(me)))
+            except DistStoreError:
+                raise WeightSyncError(f"weight transfer: waited {self.spec.timeout_s:g} s for {what}") from None
+        if "error" in message:
+            raise WeightSyncError(f"weight transfer stopped: {message['error']}")
+        return message
 
-    def _get(self, key: str) -> str:
-        with self._in_words(f"reading {key}"):
-            return str(self._store.get(key).decode())
-
-    def _await(self, keys: list[str], what: str) -> None:
-        """Waits until all keys are there; raises when the other side failed or the deadline passed."""
-        deadline = time.monotonic() + self.spec.timeout_s
-        pause = 0.0001
-        while True:
-            with self._in_words(what):
-                if self._store.check(keys):
-                    return
-                failed = self._store.check([self._key("error")])
-            if failed:
-                raise WeightSyncError(f"weight transfer stopped: {self._get(self._key('error'))}")
-            if time.monotonic() > deadline:
-                absent = [key for key in keys if not self._store.check([key])]
-                raise WeightSyncError(
-                    f"weight transfer: waited {self.spec.timeout_s:g} s for {what}; "
-                    f"{len(absent)} of {len(keys)} are missing"
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+    def _mailbox(self, of: object) -> str:
+        return f"{self.spec.session}/{of}"
 
     @contextlib.contextmanager
     def _in_words(self, what: str) -> Iterator[None]:
@@ -286,8 +287,13 @@ class _Side:
 
     def fail(self, reason: str) -> None:
         """Tells the other side why this one stopped; harmless when it cannot be told any more."""
-        with contextlib.suppress(RuntimeError, OSError, WeightSyncError):
-            self._store.set(self._key("error"), reason)
+        for mailbox in self._others():
+            with contextlib.suppress(WeightSyncError):
+                self._tell(mailbox, {"error": reason})
+
+    def _others(self) -> Iterable[object]:
+        """Whom a failure concerns."""
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -315,7 +321,7 @@ class Sender(_Side):
         self._pieces: list[dict[str, Any]] = []
         self._slot: Tensor | None = None
         self._count = 0
-        self._old_keys: list[str] = []
+        self._taken: dict[int, int] = {}
 
     @classmethod
     def renewed(cls, previous: Sender | None, spec: TransportSpec) -> Sender:
@@ -335,11 +341,13 @@ class Sender(_Side):
         """
         self.nbytes, self._version, self._bucket, self._filled, self._count = 0, version, 0, 0, 0
         self._pieces, self._slot = [], None
-        for key in self._old_keys:
-            self._store.delete_key(key)
-        self._old_keys = []
-        self._set(self._key("here", "sender"), "1")
-        self._await([self._key("here", rank) for rank in self._ranks()], "the receivers to come")
+        self._taken = {}
+        while len(self._taken) < self.spec.receivers:
+            absent = self.spec.receivers - len(self._taken)
+            what = f"the receivers to come; {absent} of {self.spec.receivers} are missing"
+            message = self._hear("sender", what)
+            self._taken[message["rank"]] = 0
+        self._tell_all({"start": True})
         if self._wire is None:
             self._wire = _make_wire(self.spec, self._store, rank=0)
 
@@ -368,13 +376,10 @@ class Sender(_Side):
         """Sends what is left, and waits until every receiver has taken all of it."""
         self._flush()
         end = {"version": self._version, "end": True, "tensors": self._count, "bytes": self.nbytes}
-        self._set(self._key("bucket", self._bucket), json.dumps(end))
-        self._await([self._key("taken", self._bucket, rank) for rank in self._ranks()], "the receivers to take the end")
+        self._tell_all(end)
+        self._await_taken(self._bucket)
         assert self._wire is not None
         self._wire.settle()
-        for bucket in range(self._bucket + 1):
-            taken = [self._key("taken", bucket, rank) for rank in self._ranks()]
-            self._old_keys += [self._key("bucket", bucket), *taken]
 
     def close(self) -> None:
         """Frees the buffers and the group; the store stays for the next sender on this port."""
@@ -382,17 +387,32 @@ class Sender(_Side):
             self._wire.close()
             self._wire = None
 
-    def _ranks(self) -> range:
+    @property
+    def device(self) -> str:
+        """Type of the device that tensors travel from."""
+        return "cuda" if self.spec.kind in ("nccl", "cuda_ipc") else "cpu"
+
+    @property
+    def buckets(self) -> int:
+        """Buckets of the last transfer."""
+        return self._bucket
+
+    def _others(self) -> Iterable[object]:
         return range(self.spec.receivers)
+
+    def _tell_all(self, message: dict[str, Any]) -> None:
+        for rank in self._others():
+            self._tell(rank, message)
+
+    def _await_taken(self, bucket: int) -> None:
+        while min(self._taken.values()) <= bucket:
+            message = self._hear("sender", f"bucket {bucket} to be taken")
+            self._taken[message["rank"]] += 1
 
     def _open_slot(self) -> Tensor:
         if self._slot is None:
             assert self._wire is not None, "begin() comes first"
-            before = self._bucket - self._wire.slots
-            if before >= 0:
-                self._await(
-                    [self._key("taken", before, rank) for rank in self._ranks()], f"bucket {before} to be taken"
-                )
+            self._await_taken(self._bucket - self._wire.slots)
             self._slot = self._wire.slot(self._bucket)
         return self._slot
 
@@ -400,14 +420,15 @@ class Sender(_Side):
         if not self._pieces:
             return
         assert self._wire is not None
+        assert self._slot is not None
         layout = {
             "version": self._version,
             "pieces": self._pieces,
-            "bytes": min(self._filled, self.spec.bucket_bytes),
+            "bytes": min(self._filled, self._slot.numel()),
             "wire": self._wire.description(),
         }
         self._wire.before_publish()
-        self._set(self._key("bucket", self._bucket), json.dumps(layout))
+        self._tell_all(layout)
         with self._in_words(f"sending bucket {self._bucket}"):
             self._wire.publish(self._bucket, layout["bytes"])
         self._bucket += 1
@@ -439,6 +460,7 @@ class Receiver(_Side):
         super().__init__(spec, store)
         self.rank = rank
         self._wire: Wire | None = None
+        self._attached: dict[str, Any] | None = None
         self._version = -1
         self._digests: dict[str, int] = {}
         self._nbytes = 0
@@ -460,29 +482,26 @@ class Receiver(_Side):
             WeightSyncError: another version arrives, the sender failed, or a deadline passed.
         """
         self._version, self._digests, self._nbytes = -1, {}, 0
-        self._set(self._key("here", self.rank), "1")
-        self._await([self._key("here", "sender")], "the sender to come")
+        self._tell("sender", {"rank": self.rank})
+        self._hear(self.rank, "the sender to come")
         if self._wire is None and self.spec.kind in ("gloo", "nccl"):
-            everyone = [self._key("here", rank) for rank in range(self.spec.receivers)]
-            self._await(everyone, "the other receivers to come")
             self._wire = _make_wire(self.spec, self._store, rank=self.rank + 1)
         unfinished: dict[str, tuple[Tensor, int]] = {}
         bucket = 0
         while True:
-            self._await([self._key("bucket", bucket)], f"bucket {bucket}")
-            layout = json.loads(self._get(self._key("bucket", bucket)))
+            layout = self._hear(self.rank, f"bucket {bucket}")
             check_version(layout["version"], version)
             if layout.get("end"):
                 break
             complete = list(self._take(bucket, layout, unfinished))
-            self._set(self._key("taken", bucket, self.rank), "1")
+            self._tell("sender", {"rank": self.rank})
             for name, tensor in complete:
                 self._digests[name] = digest(tensor)
                 self._nbytes += tensor.numel() * tensor.element_size()
                 yield name, tensor
             bucket += 1
         self._version = version
-        self._set(self._key("taken", bucket, self.rank), "1")
+        self._tell("sender", {"rank": self.rank})
         if unfinished or len(self._digests) != layout["tensors"]:
             raise WeightSyncError(
                 f"weight transfer: {layout['tensors']} tensors were sent, {len(self._digests)} arrived, "
@@ -494,8 +513,11 @@ class Receiver(_Side):
     ) -> Iterator[tuple[str, Tensor]]:
         # The engine keeps references until a layer is complete, and the sender writes over the bucket: so copy.
         with self._in_words(f"receiving bucket {bucket}"):
-            if self._wire is None:
+            if layout["wire"] != self._attached:
+                self.close()
                 self._wire = attach_wire(self.spec.kind, layout["wire"], receiver=self.rank)
+                self._attached = layout["wire"]
+            assert self._wire is not None
             source = self._wire.fetch(bucket, layout["bytes"])
         for piece in layout["pieces"]:
             name, total = piece["name"], piece["total"]
@@ -512,6 +534,9 @@ class Receiver(_Side):
         if source.is_cuda:
             torch.cuda.current_stream().synchronize()
 
+    def _others(self) -> Iterable[object]:
+        return ("sender",)
+
     def received(self) -> ReceivedWeights:
         """What arrived, after `tensors` came to its end."""
         assert self._version >= 0, "the transfer is not complete"
@@ -521,7 +546,7 @@ class Receiver(_Side):
         """Frees the buffers and the group."""
         if self._wire is not None:
             self._wire.close()
-            self._wire = None
+            self._wire = self._attached = None
 
 
 class Inbox:

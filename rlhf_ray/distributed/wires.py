@@ -58,27 +58,32 @@ class Wire(ABC):
         """Frees what this side holds."""
 
 
-class SharedPages(Wire):
-    """Two slots in one file in memory, mapped by the sender and by every receiver of the node."""
+# Large enough that a slot's messages cost nothing beside its bytes, small enough that both sides work at the same time.
+_SLOT_BYTES = 8 << 20
 
-    slots = 2
+
+class SharedPages(Wire):
+    """A ring of small slots in one file in memory, mapped by the sender and by every receiver of the node."""
+
+    slots = 4
 
     def __init__(self, path: str, descriptor: int, slot_bytes: int) -> None:
         self.path = path
         self._slot_bytes = slot_bytes
         self._descriptor = descriptor
-        self._reserved = [0, 0]
-        self._pages: mmap.mmap | None = mmap.mmap(descriptor, 2 * slot_bytes)
+        self._reserved = [0] * self.slots
+        self._pages: mmap.mmap | None = mmap.mmap(descriptor, self.slots * slot_bytes)
         self._flat = torch.frombuffer(self._pages, dtype=torch.uint8)
 
     @classmethod
-    def create(cls, slot_bytes: int) -> Self:
-        """A new segment; segments whose owner is dead are removed first."""
-        folder = _shared_folder(2 * slot_bytes)
+    def create(cls, bucket_bytes: int) -> Self:
+        """A new segment of slots that are no larger than a bucket; segments whose owner is dead are removed first."""
+        slot_bytes = min(bucket_bytes, _SLOT_BYTES)
+        folder = _shared_folder(cls.slots * slot_bytes)
         _remove_stale(folder)
         descriptor, path = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 2 * slot_bytes)
+        os.ftruncate(descriptor, cls.slots * slot_bytes)
         return cls(path, descriptor, slot_bytes)
 
     @classmethod
@@ -94,22 +99,23 @@ class SharedPages(Wire):
         return cls(path, descriptor, description["slot_bytes"])
 
     def slot(self, bucket: int) -> Tensor:
-        start = bucket % 2 * self._slot_bytes
+        start = bucket % self.slots * self._slot_bytes
         return self._flat[start : start + self._slot_bytes]
 
     def reserve(self, bucket: int, start: int, length: int) -> None:
         # Pages that memory has no room for would kill the process when written to; small models take few of them.
-        missing = start + length - self._reserved[bucket % 2]
+        slot = bucket % self.slots
+        missing = start + length - self._reserved[slot]
         if missing <= 0:
             return
         try:
-            os.posix_fallocate(self._descriptor, bucket % 2 * self._slot_bytes + self._reserved[bucket % 2], missing)
+            os.posix_fallocate(self._descriptor, slot * self._slot_bytes + self._reserved[slot], missing)
         except OSError as error:
             raise WeightSyncError(
                 f"weight transfer: no room for {missing} more bytes of a bucket in {Path(self.path).parent} "
                 f"({error.strerror}); free some, give the container a larger /dev/shm, or lower placement.bucket_mib"
             ) from error
-        self._reserved[bucket % 2] += missing
+        self._reserved[slot] += missing
 
     def description(self) -> dict[str, Any]:
         return {"path": self.path, "slot_bytes": self._slot_bytes}

@@ -9,7 +9,7 @@
   const DASHES = ["solid", "dot", "dash", "dashdot", "longdash"];
   const WORK = {
     generate: "#5b6cf0", score: "#e0a030", logprobs: "#16a37f", values: "#58c2a5", update: "#b455c9",
-    send_weights: "#d64f6e", receive_weights: "#f08aa3", probe: "#1f9fc4", build: "#8d99ae", evaluation: "#a9b4c6",
+    send_weights: "#d64f6e", receive_weights: "#f08aa3", probe: "#1f9fc4", start: "#8d99ae", evaluation: "#a9b4c6",
     checkpoint: "#c98a5b", "write rollouts": "#7fa0b8", "between calls": "#c3c9d4",
   };
   const CONFIG = { displaylogo: false, responsive: true, displayModeBar: false };

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_ray.distributed.tracing import DRIVER, covered_seconds
 from rlhf_ray.report.history import RunHistory
+from rlhf_ray.trainers.timing import SAMPLING
 
 SHOWN_ITERATIONS = 24
 MOST_CALLS = 3000
@@ -82,7 +83,8 @@ def _iteration(calls: Sequence[dict[str, Any]], roles: dict[int, str], interval:
         args = call["args"]
         start, seconds = call["ts"] / 1e6 - interval.start, call["dur"] / 1e6
         counts = [args.get(name, 0) for name in ("tokens", "bytes", "cpu_s")]
-        shown.append([rows.index(row), call["name"], round(start, 5), round(seconds, 5), *counts, args["iteration"]])
+        name = "generate" if call["name"] in SAMPLING else call["name"]
+        shown.append([rows.index(row), name, round(start, 5), round(seconds, 5), *counts, args["iteration"]])
     workers = [(call["ts"] / 1e6, (call["ts"] + call["dur"]) / 1e6) for call in within if roles[call["pid"]] != DRIVER]
     seconds = interval.end - interval.start
     busy = covered_seconds(workers, start=interval.start, end=interval.end)

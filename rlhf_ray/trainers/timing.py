@@ -11,9 +11,10 @@ from rlhf_ray.distributed.tracing import DRIVER, Activity, Span, covered_seconds
 
 QUESTIONS = ("memory", "counts")
 """What workers are asked for metrics, which is no phase of an iteration."""
+SAMPLING = ("generate", "next_finished")
+"""Calls that sample responses."""
 # Calls that pass over an iteration's tokens; the policy's rate is that of learning, not of its log-probabilities.
-_GENERATE = ("generate", "start", "next_finished")
-_RATED = ("generate", "next_finished", "score", "logprobs", "answer_logprobs", "update")
+_RATED = (*SAMPLING, "score", "logprobs", "answer_logprobs", "update")
 _NO_RATE = (("policy", "logprobs"),)
 
 
@@ -96,4 +97,4 @@ def span_metrics(
 
 def phase_name(role: str, method: str) -> str:
     """`generate` for the generators' sampling, else role and method: `policy_update`."""
-    return "generate" if method in _GENERATE else f"{role}_{method}".replace("/", "_")
+    return "generate" if method in SAMPLING else f"{role}_{method}".replace("/", "_")

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.distributed.tracing import Activity, Recorder
+from rlhf_ray.trainers.timing import SAMPLING
 
 Unit = Literal["iteration", "step"]
 
@@ -368,7 +369,8 @@ def _held_out(metric: str) -> str:
 
 def phase(activity: Activity) -> str:
     """What a call does, in words: `generator: generate`."""
-    return f"{activity.role}: {activity.method.rpartition('.')[2].replace('_', ' ')}"
+    method = "generate" if activity.method in SAMPLING else activity.method
+    return f"{activity.role}: {method.rpartition('.')[2].replace('_', ' ')}"
 
 
 def sparkline(values: Sequence[float]) -> str:

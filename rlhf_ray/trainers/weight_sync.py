@@ -27,7 +27,7 @@ from rlhf_ray.distributed.transports import (
 )
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.shapes import TokenFloat
-from rlhf_ray.workers.generator import Generator, ProbeResult
+from rlhf_ray.workers.generator import Generator, Interrupted, ProbeResult
 from rlhf_ray.workers.learner import Learner
 
 
@@ -72,34 +72,52 @@ class WeightSync:
         self._session = 0
         self._model_bytes = 0
 
-    def sync(self, version: int) -> dict[str, float]:
+    def sync(self, version: int, *, interrupted: Interrupted = "refuse") -> dict[str, float]:
         """Afterwards every generator holds and attests this version of the weights; metrics of the transfer.
+
+        Args:
+            interrupted: what becomes of responses that are not finished, see `Generator.receive_weights`.
 
         Raises:
             WeightSyncError: a tensor is missing, was not sent, or differs; the version is another one; or the probe
                 batch is too far from the learner's. Names the generator and the worst tensor or token.
         """
-        # A transport that failed is not used again: only after success is it kept.
-        spec = dataclasses.replace(self._spec or self._new_spec(), session=self._session)
-        self._spec, self._session = None, self._session + 1
         start = time.perf_counter()
-        sent, received = gather(
-            self._policy.all(Learner.send_weights, spec, version),
-            self._generator.all(Generator.receive_weights, spec, version),
-        )
-        seconds = time.perf_counter() - start
-        check_arrivals(sent[0], received)
+        self._generator.all(Generator.fill_cache).result()
+        filled = time.perf_counter()
+        sent = self.transfer(version, interrupted=interrupted)
+        arrived = time.perf_counter()
         mean, largest = self._attest(version)
-        self._spec = spec
+        seconds = arrived - filled
         return {
             "sync/time_s": seconds,
-            "sync/gib_per_s": sent[0].nbytes / 2**30 / seconds,
-            "sync/bytes": float(sent[0].nbytes),
-            "sync/share_of_model": sent[0].nbytes / self._model_bytes,
+            "sync/gib_per_s": sent.nbytes / 2**30 / seconds,
+            "sync/bytes": float(sent.nbytes),
+            "sync/share_of_model": sent.nbytes / self._model_bytes,
             "sync/probe_time_s": time.perf_counter() - start - seconds,
             "sync/probe_diff_mean": mean,
             "sync/probe_diff_max": largest,
         }
+
+    def transfer(self, version: int, *, interrupted: Interrupted = "refuse") -> SentWeights:
+        """Afterwards every generator has loaded this version, and each tensor's digest was compared; what was sent.
+
+        Args:
+            interrupted: what becomes of responses that are not finished, see `Generator.receive_weights`.
+
+        Raises:
+            WeightSyncError: a tensor is missing, was not sent, or differs; or the version is another one.
+        """
+        # A transport that failed is not used again: only after success is it kept.
+        spec = dataclasses.replace(self._spec or self._new_spec(), session=self._session)
+        self._spec, self._session = None, self._session + 1
+        sent, received = gather(
+            self._policy.all(Learner.send_weights, spec, version),
+            self._generator.all(Generator.receive_weights, spec, version, interrupted),
+        )
+        check_arrivals(sent[0], received)
+        self._spec = spec
+        return sent[0]
 
     def check_rollouts(self, rollouts: Rollouts, logprobs: TokenFloat, *, version: int) -> dict[str, float]:
         """Compares the samples' log-probabilities with the learner's [B, T] of `version` of the weights.

@@ -260,8 +260,6 @@ class Generator:
                 "the last of them, or interrupted='keep' or 'abandon'"
             )
         action = fault("sync", role=self.place.role, rank=self.place.rank, iteration=version)
-        # Filling the cache under the old weights makes the probe see a reset that was forgotten.
-        self._next_tokens()
         first_rank = self.place.rank * self.engine.receivers
         received = self.engine.receive(spec, version, first_rank=first_rank, load=action != "keep_old")
         if interrupted == "abandon":
@@ -271,9 +269,13 @@ class Generator:
         self.version = version
         return received
 
+    def fill_cache(self) -> None:
+        """Puts a probe prompt into the prefix cache: the next `probe` sees it, should a reset be forgotten."""
+        self._next_tokens(self._probe_prompts[:1])
+
     def probe(self) -> ProbeResult:
         """The probe batch under the present weights: once through the prefix cache, once computed afresh."""
-        following = self._next_tokens()
+        following = self._next_tokens(self._probe_prompts)
         afresh = self.engine.prompt_logprobs(self._probe_prompts)
         whole = make_sequences(
             [prompt[:1] for prompt in self._probe_prompts],
@@ -282,8 +284,8 @@ class Generator:
         logprobs = [[*row, logprob] for row, (_, logprob) in zip(afresh, following, strict=True)]
         return ProbeResult(sequences=whole, logprobs=torch.tensor(logprobs), version=self.version)
 
-    def _next_tokens(self) -> list[tuple[int, float]]:
-        samples = self.engine.generate(self._probe_prompts, _GREEDY, seeds=[0] * len(self._probe_prompts))
+    def _next_tokens(self, prompts: Sequence[list[int]]) -> list[tuple[int, float]]:
+        samples = self.engine.generate(prompts, _GREEDY, seeds=[0] * len(prompts))
         return [(sample.token_ids[0], sample.logprobs[0]) for sample in samples]
 
     def memory(self) -> float:

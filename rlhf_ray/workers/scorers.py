@@ -11,12 +11,11 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Rollouts, Sequences, make_sequences, pad_rows
@@ -28,8 +27,12 @@ from rlhf_ray.models.attention import attend_by_rows, rows_of
 from rlhf_ray.models.forward import Layout, Outputs, answer_totals, forward, plan_answers
 from rlhf_ray.models.heads import LanguageModel
 from rlhf_ray.models.loading import load_causal_lm, load_classifier, load_tokenizer
+from rlhf_ray.models.pairs import forward_pairs
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.workers.reward_functions import load_function
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class RewardScorer(Protocol):
@@ -60,7 +63,9 @@ class ReferenceScorer:
         self.place = place
         self._device = _device()
         network = load_causal_lm(model, revision, config.dtype).to(self._device)
-        self._layout: Layout = "packed" if attend_by_rows(network) else "padded"
+        by_rows = attend_by_rows(network)
+        self._layout: Layout = "packed" if by_rows else "padded"
+        self._joins_answers = by_rows and self._device.type == "cpu"
         self._network = LanguageModel(network)
         self._max_tokens = token_budget(config.micro_batch_tokens, self._device)
 
@@ -76,20 +81,33 @@ class ReferenceScorer:
 
     @torch.no_grad()
     def answer_logprobs(self, sequences: Sequences) -> SequenceFloat:
-        """[B] float32 log-probability of each row's response at temperature 1; on a CPU see `plan_answers`."""
-        lengths = sequences.lengths().tolist()
-        plan = plan_answers(lengths, max_tokens=self._max_tokens, layout=self._layout, device=self._device)
-        return answer_totals(self._judge(sequences, plan, 1.0), sequences.response_mask)
+        """[B] float32 log-probability of each row's response at temperature 1; on a CPU see `plan_answers`.
+
+        Args:
+            sequences: the answers of one pair are adjacent.
+        """
+        plan = plan_answers(
+            sequences.lengths().tolist(),
+            max_tokens=self._max_tokens,
+            layout=self._layout,
+            device=self._device,
+            joined=self._joins_answers,
+        )
+        judged = self._judge(sequences, plan, 1.0, joined=self._joins_answers)
+        return answer_totals(judged, sequences.response_mask)
 
     def _judge(
-        self, sequences: Sequences, plan: list[list[int]], temperature: float
+        self, sequences: Sequences, plan: list[list[int]], temperature: float, *, joined: bool = False
     ) -> Iterator[tuple[list[int], Outputs]]:
         for rows in plan:
             chosen = sequences.select(rows)
-            yield (
-                rows,
-                forward(self._network, chosen, layout=self._layout, device=self._device, temperature=temperature),
-            )
+            if joined:
+                yield rows, forward_pairs(self._network, chosen, device=self._device, temperature=temperature)
+            else:
+                yield (
+                    rows,
+                    forward(self._network, chosen, layout=self._layout, device=self._device, temperature=temperature),
+                )
 
     def memory(self) -> float:
         """Peak memory in GiB: of the GPU where there is one, else of the process."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_ray.data.batches import PreferencePairs, Prompts, ReferencedPairs, Rollouts, make_sequences
+from rlhf_ray.data.batches import PreferencePairs, Prompts, ReferencedPairs, Rollouts, make_sequences, one_version
 from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.distributed.tracing import BETWEEN_CALLS, DRIVER, Recorder, Span, covered_seconds, seconds_by_method
 from rlhf_ray.distributed.transports import ReceivedWeights, SentWeights
@@ -67,18 +67,18 @@ def test_covered_seconds_count_each_moment_once_and_only_within() -> None:
     assert covered_seconds([], start=1.0, end=10.0) == 0.0
 
 
-def rollouts(**changes: object) -> Rollouts:
-    values = {
-        "sequences": make_sequences([[5, 6], [7]], [[1, 2, 3], [4]]),
-        "generator_logprobs": torch.zeros(2, 5),
-        "finished": torch.ones(2, dtype=torch.bool),
-        "prompts": ["a", "b"],
-        "responses": ["c", "d"],
-        "answers": [None, None],
-        "prompt_ids": torch.tensor([0, 1]),
-        "policy_version": 0,
-    }
-    return Rollouts(**(values | changes))  # type: ignore[arg-type]
+def rollouts() -> Rollouts:
+    sequences = make_sequences([[5, 6], [7]], [[1, 2, 3], [4]])
+    return Rollouts(
+        sequences=sequences,
+        generator_logprobs=torch.zeros(2, 5),
+        finished=torch.ones(2, dtype=torch.bool),
+        prompts=["a", "b"],
+        responses=["c", "d"],
+        answers=[None, None],
+        prompt_ids=torch.tensor([0, 1]),
+        policy_versions=one_version(sequences, 0),
+    )
 
 
 def test_work_is_what_was_sampled_else_what_was_read() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from rlhf_ray.data.batches import Rollouts, make_sequences
+from rlhf_ray.data.batches import Rollouts, make_sequences, one_version
 from rlhf_ray.distributed.tracing import DRIVER, Span
 from rlhf_ray.trainers.journal import write_rollouts
 from rlhf_ray.trainers.trace import TraceFile
@@ -21,15 +21,16 @@ SETTINGS = {
 
 
 def write_samples(path: Path, prompts: dict[int, str], responses: list[str], scores: list[float]) -> None:
+    sequences = make_sequences([[5, 6]] * len(prompts), [[7]] * len(prompts))
     rollouts = Rollouts(
-        sequences=make_sequences([[5, 6]] * len(prompts), [[7]] * len(prompts)),
+        sequences=sequences,
         generator_logprobs=torch.zeros(len(prompts), 3),
         finished=torch.ones(len(prompts), dtype=torch.bool),
         prompts=list(prompts.values()),
         responses=responses,
         answers=[None] * len(prompts),
         prompt_ids=torch.tensor(list(prompts)),
-        policy_version=0,
+        policy_versions=one_version(sequences, 0),
     )
     write_rollouts(path, rollouts, scores=torch.tensor(scores))
 
@@ -69,14 +70,14 @@ def write_run(folder: Path, *, response: str = "fine", settings: dict[str, objec
     write_samples(samples / "iteration_000000.parquet", {3: "a", 4: "b"}, ["dull", "bad"], [-1.0, 0.5])
     write_samples(samples / "iteration_000002.parquet", {4: "b", 3: "a", 9: "c"}, [response] * 3, [0.25, 1.0, 0.0])
     trace = TraceFile(folder / "trace.json")
-    trace.write("ppo", [Span("generator", 0, "build", 1000.0, 1003.0)])
+    trace.write("ppo", [Span("generator", 0, "start", 1000.0, 1003.0)])
     # Iteration 1 was repeated after a kill: the first time it took 50 seconds.
     trace.write("ppo", [Span(DRIVER, 0, "iteration", 1010.0, 1060.0, 1)])
     for iteration, start in ((1, 1100.0), (2, 1110.0)):
         trace.write(
             "ppo",
             [
-                Span("generator", 0, "generate", start, start + 4, iteration, tokens=40),
+                Span("generator", 0, "next_finished", start, start + 4, iteration, tokens=40),
                 Span("policy", 0, "update", start + 4, start + 9, iteration, tokens=100),
                 Span("policy", 1, "update", start + 4, start + 8, iteration, tokens=100),
                 Span(DRIVER, 0, "iteration", start, start + 10, iteration),

@@ -51,5 +51,17 @@ def test_calls_over_the_border_of_an_iteration_count_where_they_lie() -> None:
     assert metrics["generator/tokens_per_s"] == 10.0
 
 
+def test_responses_in_pieces_are_generated_like_those_in_one() -> None:
+    pieces = [
+        Span("generator", 0, "start", 100.0, 100.1),
+        Span("generator", 0, "next_finished", 100.5, 102.0, tokens=40),
+        Span("generator", 0, "next_finished", 102.0, 102.5, tokens=60),
+    ]
+    metrics = span_metrics(pieces, [], Window(100.0, 4.0, 0.0))
+    assert metrics["time/generate_s"] == pytest.approx(2.0)
+    assert metrics["generator/tokens_per_s"] == pytest.approx(50.0)
+    assert metrics["generator/busy_share"] == pytest.approx(2.1 / 4)
+
+
 def test_an_iteration_without_calls_is_idle() -> None:
     assert span_metrics([], [], Window(100.0, 10.0, 0.0))["time/idle_share"] == 1.0

@@ -3,9 +3,10 @@
     <folder>/<key of the reference>/<SHA-256 of the rows>.parquet      columns: answer (32 bytes), logprob (float32)
 
 The key says which weights answered, and how; an answer is found by the SHA-256 of its tokens and of which of them
-count. So another pass, run or beta finds what is there, and nothing that was computed otherwise (on a GPU, where an
-answer's last bits depend on the rows beside it, they are those of the first time). Files are written
-beside their name and renamed, and never change: any number of runs may share a folder.
+count. So another pass, run or beta finds what is there, and nothing that was computed otherwise. An answer's last bits
+may depend on what it was computed beside (the other answer of its pair on a CPU, other rows on a GPU): they are those
+of the first time. Files are written beside their name and renamed, and never change: any number of runs may share a
+folder.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rlhf_ray.shapes import SequenceFloat
 VARIABLE = "RLHF_RAY_CACHE"
 ROWS_PER_FILE = 4096
 """New answers after which a file is written."""
-_FORMAT = "1"
+_FORMAT = "2"
 _SCHEMA = pa.schema([("answer", pa.binary(32)), ("logprob", pa.float32())])
 
 
@@ -114,8 +115,9 @@ class ReferenceCache:
         return torch.tensor([self._known[digest] for digest in digests], dtype=torch.float32)
 
     def add(self, digests: Sequence[bytes], logprobs: SequenceFloat) -> None:
-        """Takes what the reference said; written now and then, and at the end."""
-        found = dict(zip(digests, logprobs.tolist(), strict=True))
+        """Takes what the reference said of answers that are not known yet; written now and then, and at the end."""
+        said = zip(digests, logprobs.tolist(), strict=True)
+        found = {digest: logprob for digest, logprob in said if digest not in self._known}
         self._known |= found
         self._new |= {answer: logprob for answer, logprob in found.items() if math.isfinite(logprob)}
         if len(self._new) >= ROWS_PER_FILE:

@@ -12,13 +12,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.role_rules import ADAPTER_RANKS
@@ -28,6 +27,9 @@ from rlhf_ray.engines.adapters import adapter_files, layer_names
 from rlhf_ray.engines.generation import Sample
 from rlhf_ray.errors import ConfigError, InstallError, WeightSyncError
 from rlhf_ray.models.loading import load_config, load_eos_token_ids, load_tokenizer, torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _CPU_BLOCK = 32
 _CPU_STEP_TOKENS = 1024

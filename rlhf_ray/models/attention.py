@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 _NAME = "rlhf_ray_rows"
@@ -20,26 +20,54 @@ _FOREIGN = ("softcap", "s_aux", "position_bias")
 class Rows:
     """Where the rows of one pack [1, N] lie.
 
+    Where one answer follows another one to the same prompt, the prompt is a part of both rows.
+
     Args:
-        lengths: tokens of each row; their sum is N.
+        lengths: tokens of each row.
         ends: [rows + 1] int32, 0 and the running sums of lengths, on the pack's device.
+        columns: the pack's column of each token of the rows, end to end; None: all columns in order.
+        own: which of these tokens give the pack's outputs, in its order; None: all.
     """
 
     lengths: tuple[int, ...]
     ends: Tensor
+    columns: Tensor | None = None
+    own: Tensor | None = None
 
 
 def rows_of(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Rows]:
     """The keyword that tells a model of `attend_by_rows` where the rows lie; none where every [n, :] is a row.
 
     Args:
-        position_ids: [R, N] positions in their rows; several rows lie end to end only where R is 1.
+        position_ids: [R, N] positions in their rows; several rows lie end to end only where R is 1. A row starts at 0;
+            one that starts later begins with the tokens of the row before up to there.
     """
     if len(position_ids) > 1 or model.config._attn_implementation != _NAME:
         return {}
-    starts = (position_ids[0] == 0).nonzero().flatten().to(torch.int32)
-    ends = torch.nn.functional.pad(starts, (0, 1), value=position_ids.shape[1])
-    return {"rows": Rows(tuple(ends.diff().tolist()), ends)}
+    positions = position_ids[0]
+    starts = pad(positions.diff() != 1, (1, 0), value=True).nonzero().flatten()
+    borrowed = positions[starts]
+    ends = pad(starts, (0, 1), value=len(positions)).to(torch.int32)
+    if not bool(borrowed.any()):
+        return {"rows": Rows(tuple(ends.diff().tolist()), ends)}
+    columns: list[int] = []
+    own: list[int] = []
+    for row, (start, end, shared) in enumerate(
+        zip(ends[:-1].tolist(), ends[1:].tolist(), borrowed.tolist(), strict=True)
+    ):
+        before = int(ends[row - 1]) if shared else 0
+        columns += range(before, before + shared)
+        own += range(len(columns), len(columns) + end - start)
+        columns += range(start, end)
+    lengths = ends.diff() + borrowed.to(torch.int32)
+    return {
+        "rows": Rows(
+            tuple(lengths.tolist()),
+            pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+            torch.tensor(columns, device=positions.device),
+            torch.tensor(own, device=positions.device),
+        )
+    }
 
 
 @torch.no_grad()
@@ -98,16 +126,22 @@ def _attention(
     if foreign or not causal or attention_mask is not None:
         raise NotImplementedError(f"attention with {foreign or 'a mask of its own'}")
     kept = query.dtype
+    if rows is not None and rows.columns is not None:
+        query, key, value = (states.index_select(2, rows.columns) for states in (query, key, value))
     if rows is not None and len(rows.lengths) > 1 and dropout == 0.0 and _has_kernel(query, key):
-        return _attend_at_once(query, key, value, rows, scaling, sliding_window), None
+        return _own(_attend_at_once(query, key, value, rows, scaling, sliding_window), rows), None
     if query.device.type == "cpu":
         # The backward pass of a CPU's bfloat16 kernel takes twice the time of the float32 one.
         wide = torch.promote_types(kept, torch.float32)
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
     lengths = [query.shape[2]] if rows is None else list(rows.lengths)
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    parts = zip(*(torch.split(states, lengths, 2) for states in (query, key, value)), strict=True)
     found = [_attend(*part, dropout=dropout, scaling=scaling, window=sliding_window).transpose(1, 2) for part in parts]
-    return torch.cat(found, 1).to(kept), None
+    return _own(torch.cat(found, 1), rows).to(kept), None
+
+
+def _own(found: Tensor, rows: Rows | None) -> Tensor:
+    return found if rows is None or rows.own is None else found.index_select(1, rows.own)
 
 
 def _attend(
@@ -135,8 +169,11 @@ def _attend_at_once(
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(rows.lengths)
-    found: Tensor = varlen_attn(  # type: ignore[no-untyped-call]
-        *(states[0].transpose(0, 1).contiguous() for states in (query, key, value)),
+    queries, keys, values = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    found = varlen_attn(
+        queries,
+        keys,
+        values,
         rows.ends,
         rows.ends,
         longest,
@@ -145,6 +182,7 @@ def _attend_at_once(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(found, Tensor), "nothing beside the result was asked for"
     return found[None]
 
 
@@ -169,7 +207,7 @@ def _kernel_agrees(device: torch.device, dtype: torch.dtype, heads: int, key_hea
         found = _attend_at_once(*states, rows, None, None)
     except (ImportError, TypeError, ValueError, RuntimeError, NotImplementedError):
         return False
-    parts = zip(*(each.split([2, 3], 2) for each in states), strict=True)
+    parts = zip(*(torch.split(each, [2, 3], 2) for each in states), strict=True)
     wanted = torch.cat([_attend(*part, dropout=0.0, scaling=None, window=None).transpose(1, 2) for part in parts], 1)
     return bool((found - wanted).abs().max() <= 3e-2)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from rlhf_ray.data.batches import Sequences
 from rlhf_ray.data.packing import pack, plan_micro_batches
 from rlhf_ray.models.heads import NetworkOutput
 from rlhf_ray.shapes import SequenceFloat, TokenFloat, TokenMask
+
+if TYPE_CHECKING:
+    pass
 
 Layout: TypeAlias = Literal["packed", "padded"]
 RunNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Entropy], NetworkOutput]
@@ -72,13 +75,17 @@ def forward(
     return Outputs(logprobs, entropies, before, final)
 
 
-def plan_answers(lengths: Sequence[int], *, max_tokens: int, layout: Layout, device: torch.device) -> list[list[int]]:
-    """Rows by forward pass for `answer_totals`.
+def plan_answers(
+    lengths: Sequence[int], *, max_tokens: int, layout: Layout, device: torch.device, joined: bool
+) -> list[list[int]]:
+    """Rows by forward pass for `answer_totals`; rows 2i and 2i + 1 are a pair.
 
-    On a CPU every row goes through the network alone, so that its number is the same bits beside any other rows.
+    On a CPU every pair goes through the network alone, `joined` in one row where that can be, so that its numbers are
+    the same bits beside any other pairs.
     """
-    alone = 1 if device.type == "cpu" else None
-    return plan_micro_batches(lengths, max_tokens=max_tokens, max_sequences=alone, padded=layout == "padded")
+    if device.type == "cpu":
+        return [[row, row + 1] for row in range(0, len(lengths), 2)] if joined else [[i] for i in range(len(lengths))]
+    return plan_micro_batches(lengths, max_tokens=max_tokens, padded=layout == "padded")
 
 
 def answer_totals(judged: Iterable[tuple[list[int], Outputs]], response_mask: TokenMask) -> SequenceFloat:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import httpx
 import torch
@@ -18,27 +18,20 @@ import transformers
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.config.schema import NewModel
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import (
+        GenerationConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -57,8 +50,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """
     with _plain_words(name, revision, "tokenizer"):
         tokenizer = cast(
-            PreTrainedTokenizerBase,
-            AutoTokenizer.from_pretrained(_local(name), **_source(name, revision), trust_remote_code=False),
+            "PreTrainedTokenizerBase",
+            transformers.AutoTokenizer.from_pretrained(
+                _local(name), **_source(name, revision), trust_remote_code=False
+            ),
         )
     if len(tokenizer) == 0:
         raise ConfigError(f"{name}: no tokenizer found; give a tokenizer's directory or hub name under `tokenizer`")
@@ -76,8 +71,8 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     """
     with _plain_words(name, revision, "model"):
         return cast(
-            PretrainedConfig,
-            AutoConfig.from_pretrained(_local(name), **_source(name, revision), trust_remote_code=False),
+            "PretrainedConfig",
+            transformers.AutoConfig.from_pretrained(_local(name), **_source(name, revision), trust_remote_code=False),
         )
 
 
@@ -93,7 +88,7 @@ def load_causal_lm(
     Raises:
         ConfigError: as `load_config`; or the model is of another kind, or weights are missing.
     """
-    return _load(AutoModelForCausalLM, name, revision, dtype, "causal language model", in_4_bits=in_4_bits)
+    return _load(transformers.AutoModelForCausalLM, name, revision, dtype, "causal language model", in_4_bits=in_4_bits)
 
 
 def load_classifier(
@@ -117,7 +112,7 @@ def load_classifier(
     if num_labels is not None and config.num_labels != num_labels:
         raise ConfigError(f"{name}: wanted a classifier with {num_labels} output(s), got {config.num_labels}")
     kind = "sequence-classification model"
-    return _load(AutoModelForSequenceClassification, name, revision, dtype, kind, in_4_bits=in_4_bits)
+    return _load(transformers.AutoModelForSequenceClassification, name, revision, dtype, kind, in_4_bits=in_4_bits)
 
 
 def load_reward_model(
@@ -142,7 +137,7 @@ def load_reward_model(
     else:
         config.num_labels = 1
         model = _load(
-            AutoModelForSequenceClassification,
+            transformers.AutoModelForSequenceClassification,
             name,
             revision,
             dtype,
@@ -203,7 +198,7 @@ def load_eos_token_ids(name: str, revision: str | None, tokenizer: PreTrainedTok
     """Every id that ends a sequence of the model at `name`, sorted; its files are read, its weights are not."""
     config = load_config(name, revision)
     try:
-        generation = GenerationConfig.from_pretrained(_local(name), **_source(name, revision))
+        generation = transformers.GenerationConfig.from_pretrained(_local(name), **_source(name, revision))
     except OSError:
         generation = None
     return eos_token_ids(tokenizer, config, generation)
@@ -239,7 +234,7 @@ def new_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> 
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -264,8 +259,8 @@ def new_model(spec: NewModel, texts: Iterable[str], *, seed: int) -> tuple[PreTr
         torch.manual_seed(derive_seed(seed, "new_model"))
         model: PreTrainedModel
         if spec.family == "llama":
-            model = LlamaForCausalLM(
-                LlamaConfig(
+            model = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(
                     hidden_size=hidden,
                     num_hidden_layers=layers,
                     num_attention_heads=heads,
@@ -277,8 +272,10 @@ def new_model(spec: NewModel, texts: Iterable[str], *, seed: int) -> tuple[PreTr
                 )
             )
         else:
-            model = GPT2LMHeadModel(
-                GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=spec.max_length, **common)
+            model = transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(
+                    n_embd=hidden, n_layer=layers, n_head=heads, n_positions=spec.max_length, **common
+                )
             )
     return model.eval(), tokenizer
 
@@ -335,12 +332,12 @@ def _load(
             f"{name}: wanted a {kind}, got {architecture} without the weights {', '.join(absent[:3])}"
             f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
         )
-    return cast(PreTrainedModel, model.eval())
+    return cast("PreTrainedModel", model.eval())
 
 
 def _four_bits(dtype: DTypeName) -> dict[str, Any]:
     """What lets from_pretrained quantise as QLoRA does (arXiv:2305.14314), which it does on the GPU."""
-    settings = BitsAndBytesConfig(
+    settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

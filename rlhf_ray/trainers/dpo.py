@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,19 +76,21 @@ class References:
         self._needed = needed
 
     def ask(self, pairs: PreferencePairs) -> AskedPairs:
-        """Starts what has to be computed."""
-        both = Sequences.concat([pairs.chosen, pairs.rejected])
+        """Starts what has to be computed: the answers of a pair together, where one of them is not known."""
         if not self._needed:
-            return AskedPairs(pairs, torch.zeros(len(both)))
+            return AskedPairs(pairs, torch.zeros(2 * len(pairs)))
         if self._cache is None:
-            return AskedPairs(pairs, self._ask(both))
-        digests = answer_digests(both)
-        missing = list({digests[row]: row for row in self._cache.missing(digests)}.values())
-        pending = self._ask(both.select(missing)) if missing else None
-        return AskedPairs(pairs, pending, self._cache, digests, [digests[row] for row in missing])
+            return AskedPairs(pairs, self._ask(pairs))
+        digests = list(zip(answer_digests(pairs.chosen), answer_digests(pairs.rejected), strict=True))
+        missing = {pair: row for row, pair in reversed(list(enumerate(digests))) if self._cache.missing(pair)}
+        pending = self._ask(pairs.select(sorted(missing.values()))) if missing else None
+        asked = [digests[row] for row in sorted(missing.values())]
+        return AskedPairs(pairs, pending, self._cache, digests, asked)
 
-    def _ask(self, answers: Sequences) -> Pending[SequenceFloat]:
-        return reference_answer_logprobs(self._groups.reference, self._groups.policy, answers)
+    def _ask(self, pairs: PreferencePairs) -> Pending[SequenceFloat]:
+        both = Sequences.concat([pairs.chosen, pairs.rejected])
+        adjacent = torch.arange(len(both)).view(2, -1).T.flatten().tolist()
+        return reference_answer_logprobs(self._groups.reference, self._groups.policy, both.select(adjacent))
 
 
 class AskedPairs:
@@ -98,24 +101,24 @@ class AskedPairs:
         pairs: PreferencePairs,
         found: SequenceFloat | Pending[SequenceFloat] | None,
         cache: ReferenceCache | None = None,
-        digests: list[bytes] | None = None,
-        missing: list[bytes] | None = None,
+        digests: Sequence[tuple[bytes, bytes]] = (),
+        asked: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
         self._pairs = pairs
         self._found = found
         self._cache = cache
-        self._digests = digests or []
-        self._missing = missing or []
+        self._digests = digests
+        self._asked = asked
 
     def result(self) -> ReferencedPairs:
         """Waits for what is missing; may be called again."""
         if isinstance(self._found, Pending):
             self._found = self._found.result()
             if self._cache is not None:
-                self._cache.add(self._missing, self._found)
-        found = self._found if self._cache is None else self._cache.find(self._digests)
+                self._cache.add(list(chain(*self._asked)), self._found)
+        found = self._found if self._cache is None else self._cache.find(list(chain(*self._digests)))
         assert found is not None, "there is a cache or an answer"
-        return ReferencedPairs(self._pairs, *found.chunk(2))
+        return ReferencedPairs(self._pairs, *found.view(-1, 2).unbind(1))
 
 
 def train_dpo(

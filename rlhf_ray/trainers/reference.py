@@ -26,7 +26,11 @@ def reference_logprobs(
 def reference_answer_logprobs(
     reference: WorkerGroup[ReferenceScorer] | None, policy: WorkerGroup[Learner], sequences: Sequences
 ) -> Pending[SequenceFloat]:
-    """[B] log pi_ref of each row's response at temperature 1, asked of the same workers."""
+    """[B] log pi_ref of each row's response at temperature 1, asked of the same workers.
+
+    Args:
+        sequences: the answers of one pair are adjacent, and stay together.
+    """
     if reference is not None:
-        return reference.split(ReferenceScorer.answer_logprobs, sequences)
-    return policy.split(Learner.reference_answer_logprobs, sequences)
+        return reference.split_groups(2, ReferenceScorer.answer_logprobs, sequences)
+    return policy.split_groups(2, Learner.reference_answer_logprobs, sequences)

@@ -10,12 +10,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.language_losses import negative_log_likelihood
 from rlhf_ray.algorithms.logprobs import Entropy
@@ -64,9 +63,13 @@ from rlhf_ray.models.lora import (
     merged,
     named_weights,
 )
+from rlhf_ray.models.pairs import forward_pairs, pair_lengths
 from rlhf_ray.models.saving import ModelWriter, write_adapter
 from rlhf_ray.shapes import SequenceFloat, SequenceInt, TokenFloat
 from rlhf_ray.workers.objectives import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 B = TypeVar("B", bound=Batch)
 
@@ -139,6 +142,7 @@ class Learner:
         self.device = join_process_group(rank=place.rank, size=place.size, timeout_s=timeout_s)
         by_rows = attend_by_rows(loaded)
         self.layout: Layout = "packed" if by_rows and packing is not False else "padded"
+        self._joins_answers = by_rows and self.device.type == "cpu"
         if config.activation_checkpointing:
             loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not dropout:
@@ -174,12 +178,22 @@ class Learner:
         """[B] log-probability of each row's response at temperature 1, with the adapter switched off.
 
         Of the same bits as those that a ReferenceScorer gives with the same weights on a CPU.
+
+        Args:
+            sequences: the answers of one pair are adjacent.
         """
         assert self.config.lora is not None, "a network without an adapter has no reference in itself"
         budget = token_budget(self.config.micro_batch_tokens, self.device)
-        plan = plan_answers(sequences.lengths().tolist(), max_tokens=budget, layout=self.layout, device=self.device)
+        plan = plan_answers(
+            sequences.lengths().tolist(),
+            max_tokens=budget,
+            layout=self.layout,
+            device=self.device,
+            joined=self._joins_answers,
+        )
         with adapter_off(self.engine.module):
-            return answer_totals(self._judge(sequences, 1.0, plan), sequences.response_mask)
+            judged = self._judge(sequences, 1.0, plan, joined=self._joins_answers)
+            return answer_totals(judged, sequences.response_mask)
 
     def values(self, sequences: Sequences) -> Values:
         """The critic's values of rows that it may never have seen."""
@@ -204,14 +218,20 @@ class Learner:
 
     @torch.no_grad()
     def _judge(
-        self, sequences: Sequences, temperature: float | None, plan: list[list[int]] | None = None
+        self,
+        sequences: Sequences,
+        temperature: float | None,
+        plan: list[list[int]] | None = None,
+        *,
+        joined: bool = False,
     ) -> Iterator[tuple[list[int], Outputs]]:
         self.engine.train(False)
         plan = self._micro_batches(sequences.lengths()) if plan is None else plan
         # At ZeRO 3 a forward pass gathers shards from all ranks, so all ranks make the same number of them.
         fillers = self._most(len(plan)) - len(plan) if self.engine.stage == 3 else 0
         for rows in plan:
-            yield rows, self._forward(sequences.select(rows), "off", temperature)
+            chosen = sequences.select(rows)
+            yield rows, self._forward(chosen, "off", temperature, joined=joined)
         for _ in range(fillers):
             self._forward(_filler(), "off", temperature)
 
@@ -252,9 +272,11 @@ class Learner:
     def _step(self, batch: B, objective: Objective[B], *, poison: bool) -> dict[str, float]:
         sequences = objective.sequences(batch)
         units = max(1, unit_count(sequences.response_mask, objective.unit))
-        # Rows of the batch that bring several sequences stay whole; beside each other these are as long as the longest.
+        # Rows of the batch that bring several sequences stay whole: the two of a pair in one row of the network's,
+        # or side by side, where they are as long as the longest.
         together = len(sequences) // len(batch)
-        costs = together * sequences.lengths().view(together, len(batch)).amax(0)
+        joined = together == 2 and self.layout == "packed"
+        costs = pair_lengths(sequences) if joined else together * sequences.lengths().view(together, -1).amax(0)
         share = self._share(costs)
         plan = [[share[i] for i in rows] for rows in self._micro_batches(costs[share], together)]
         # Gradients are exchanged in every backward pass, so all ranks make the same number of them.
@@ -263,7 +285,7 @@ class Learner:
         for number, rows in enumerate(plan + fillers):
             counts = number < len(plan)
             part = batch.select(rows).to(self.device)
-            outputs = self._forward(objective.sequences(part), objective.entropy, None)
+            outputs = self._forward(objective.sequences(part), objective.entropy, None, joined=joined)
             loss, metrics = objective(outputs, part)
             # DeepSpeed averages gradients over the ranks; the sum over them is wanted.
             weight = self.place.size / units if counts else 0.0
@@ -277,13 +299,19 @@ class Learner:
         means = [total / units for total in self._summed([sums[name] for name in names])]
         return dict(zip(names, means, strict=True)) | {"grad_norm": norm, "learning_rate": rate}
 
-    def _forward(self, sequences: Sequences, entropy: Entropy, temperature: float | None) -> Outputs:
+    def _forward(
+        self, sequences: Sequences, entropy: Entropy, temperature: float | None, *, joined: bool = False
+    ) -> Outputs:
+        """The outputs of rows, which are all first and then all second answers of pairs where they are `joined`."""
+        temperature = self.temperature if temperature is None else temperature
+        if joined:
+            return forward_pairs(self.engine.forward, sequences, device=self.device, temperature=temperature)
         return forward(
             self.engine.forward,
             sequences,
             layout=self.layout,
             device=self.device,
-            temperature=self.temperature if temperature is None else temperature,
+            temperature=temperature,
             entropy=entropy,
         )
 

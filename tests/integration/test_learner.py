@@ -170,7 +170,7 @@ def test_the_references_answers_are_those_of_a_reference_scorer(
     """Bit for bit, also where ranks without a row take part in gathering shards."""
     config = schema.Reference(dtype="bfloat16" if "bfloat16" in name else "float32")
     scorer = ReferenceScorer(Place("reference", 0, 1), config=config, model=str(gpt2_directory))
-    assert pair[0][name]["answers"] == scorer.answer_logprobs(draw_sequences(7)).tolist()
+    assert pair[0][name]["answers"] == scorer.answer_logprobs(draw_sequences(7).select(range(6))).tolist()
     assert pair[1][name]["answers"] == []
 
 

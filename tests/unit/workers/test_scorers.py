@@ -88,20 +88,22 @@ def test_reference_gives_the_log_softmax_of_the_scaled_logits(models: SimpleName
     assert (found[~mask] == 0).all()
 
 
-def test_an_answers_log_probability_is_the_same_bits_beside_any_other_rows(models: SimpleNamespace) -> None:
+def test_an_answers_log_probability_is_the_same_bits_beside_any_other_pairs(models: SimpleNamespace) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> list[int]:
         length = int(torch.randint(1, 40, (), generator=generator))
         return torch.randint(3, 290, (length,), generator=generator).tolist()
 
-    sequences = make_sequences([draw() for _ in range(64)], [draw() for _ in range(64)])
+    prompts = [draw() for _ in range(32)]
+    sequences = make_sequences([prompts[row // 2] for row in range(64)], [draw() for _ in range(64)])
     scorer = ReferenceScorer(PLACE, config=schema.Reference(), model=models.policy)
     found = scorer.answer_logprobs(sequences)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, scorer.logprobs(sequences, 1.0).sum(1), atol=1e-4, rtol=0)
-    order = torch.randperm(64, generator=generator).tolist()
-    for rows in (order[:20], order[20:], order[:1], [3, 3, 60]):
+    order = torch.randperm(32, generator=generator).tolist()
+    for pairs in (order[:10], order[10:], order[:1], [3, 3, 30]):
+        rows = [2 * pair + side for pair in pairs for side in (0, 1)]
         assert torch.equal(scorer.answer_logprobs(sequences.select(rows)), found[rows])
 
 

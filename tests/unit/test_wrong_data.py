@@ -1,6 +1,7 @@
 """The corpus of wrong data files: each one raises a DataError that names file and row, and says what is wanted."""
 
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -162,7 +163,7 @@ def test_a_row_that_is_too_long_is_named_before_a_worker_starts(
         def __init__(self, *args: object, **kwargs: object) -> None:
             pass
 
-        def __enter__(self) -> Empty:
+        def __enter__(self) -> Self:
             return self
 
         def __exit__(self, *exception: object) -> None:

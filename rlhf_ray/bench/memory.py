@@ -135,14 +135,14 @@ def projection_peak(chunks: bool) -> float:
     tokens = torch.randint(VOCABULARY, (ROWS, LENGTH))
     wanted = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     wanted[:, 0] = False
-    (states.sum() + weight.sum()).backward()
+    torch.autograd.backward(states.sum() + weight.sum())
     resting = _resident()
     _forget_peak()
     if chunks:
         logprobs = projected_logprobs(states, weight, None, tokens, wanted)[0]
     else:
         logprobs = token_logprobs(torch.nn.functional.linear(states, weight), tokens)
-    logprobs.sum().backward()
+    torch.autograd.backward(logprobs.sum())
     return _peak() - resting
 
 

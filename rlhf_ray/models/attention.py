@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NAME = "rlhf_ray_rows"
 # What some architectures add to their attention, and is not done here.
@@ -76,6 +78,9 @@ def attend_by_rows(model: PreTrainedModel) -> bool:
 
     Tried out on a few tokens.
     """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attention)
     if getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None:
         return False
     rows = [[1, 2, 3], [2, 3, 1, 1]]
@@ -135,7 +140,7 @@ def _attention(
         wide = torch.promote_types(kept, torch.float32)
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
     lengths = [query.shape[2]] if rows is None else list(rows.lengths)
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    parts = zip(*(torch.split(states, lengths, 2) for states in (query, key, value)), strict=True)
     found = [_attend(*part, dropout=dropout, scaling=scaling, window=sliding_window).transpose(1, 2) for part in parts]
     return _own(torch.cat(found, 1), rows).to(kept), None
 
@@ -169,8 +174,11 @@ def _attend_at_once(
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(rows.lengths)
-    found: Tensor = varlen_attn(  # type: ignore[no-untyped-call]
-        *(states[0].transpose(0, 1).contiguous() for states in (query, key, value)),
+    queries, keys, values = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    found = varlen_attn(
+        queries,
+        keys,
+        values,
         rows.ends,
         rows.ends,
         longest,
@@ -179,6 +187,7 @@ def _attend_at_once(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(found, Tensor), "nothing beside the result was asked for"
     return found[None]
 
 
@@ -203,9 +212,6 @@ def _kernel_agrees(device: torch.device, dtype: torch.dtype, heads: int, key_hea
         found = _attend_at_once(*states, rows, None, None)
     except (ImportError, TypeError, ValueError, RuntimeError, NotImplementedError):
         return False
-    parts = zip(*(each.split([2, 3], 2) for each in states), strict=True)
+    parts = zip(*(torch.split(each, [2, 3], 2) for each in states), strict=True)
     wanted = torch.cat([_attend(*part, dropout=0.0, scaling=None, window=None).transpose(1, 2) for part in parts], 1)
     return bool((found - wanted).abs().max() <= 3e-2)
-
-
-AttentionInterface.register(_NAME, _attention)

@@ -7,12 +7,11 @@ None for what was not asked for and what the network does not have.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.logprobs import (
     Entropy,
@@ -21,6 +20,9 @@ from rlhf_ray.algorithms.logprobs import (
     token_logprobs_and_entropy,
 )
 from rlhf_ray.models.attention import rows_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Head: TypeAlias = Literal["none", "value", "both", "score"]
 NetworkOutput: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -10,35 +10,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import httpx
 import torch
-import transformers
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.config.schema import NewModel
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import (
+        GenerationConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -55,10 +47,14 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         ConfigError: no such directory, no tokenizer in it, the hub cannot be reached or refuses.
     """
+    import transformers
+
     with _plain_words(name, revision, "tokenizer"):
         tokenizer = cast(
-            PreTrainedTokenizerBase,
-            AutoTokenizer.from_pretrained(_local(name), **_source(name, revision), trust_remote_code=False),
+            "PreTrainedTokenizerBase",
+            transformers.AutoTokenizer.from_pretrained(
+                _local(name), **_source(name, revision), trust_remote_code=False
+            ),
         )
     if len(tokenizer) == 0:
         raise ConfigError(f"{name}: no tokenizer found; give a tokenizer's directory or hub name under `tokenizer`")
@@ -74,10 +70,12 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     Raises:
         ConfigError: no such directory, no config.json in it, the hub cannot be reached or refuses.
     """
+    import transformers
+
     with _plain_words(name, revision, "model"):
         return cast(
-            PretrainedConfig,
-            AutoConfig.from_pretrained(_local(name), **_source(name, revision), trust_remote_code=False),
+            "PretrainedConfig",
+            transformers.AutoConfig.from_pretrained(_local(name), **_source(name, revision), trust_remote_code=False),
         )
 
 
@@ -93,7 +91,9 @@ def load_causal_lm(
     Raises:
         ConfigError: as `load_config`; or the model is of another kind, or weights are missing.
     """
-    return _load(AutoModelForCausalLM, name, revision, dtype, "causal language model", in_4_bits=in_4_bits)
+    import transformers
+
+    return _load(transformers.AutoModelForCausalLM, name, revision, dtype, "causal language model", in_4_bits=in_4_bits)
 
 
 def load_classifier(
@@ -113,11 +113,13 @@ def load_classifier(
     Raises:
         ConfigError: as `load_config`; or the model is of another kind, weights are missing, or num_labels differs.
     """
+    import transformers
+
     config = load_config(name, revision)
     if num_labels is not None and config.num_labels != num_labels:
         raise ConfigError(f"{name}: wanted a classifier with {num_labels} output(s), got {config.num_labels}")
     kind = "sequence-classification model"
-    return _load(AutoModelForSequenceClassification, name, revision, dtype, kind, in_4_bits=in_4_bits)
+    return _load(transformers.AutoModelForSequenceClassification, name, revision, dtype, kind, in_4_bits=in_4_bits)
 
 
 def load_reward_model(
@@ -136,13 +138,15 @@ def load_reward_model(
     Raises:
         ConfigError: as `load_config`; or the model has several outputs, or its scores are not read at the last token.
     """
+    import transformers
+
     config = load_config(name, revision)
     if any("ForSequenceClassification" in architecture for architecture in config.architectures or ()):
         model = load_classifier(name, revision, dtype, num_labels=1, in_4_bits=in_4_bits)
     else:
         config.num_labels = 1
         model = _load(
-            AutoModelForSequenceClassification,
+            transformers.AutoModelForSequenceClassification,
             name,
             revision,
             dtype,
@@ -201,9 +205,11 @@ def eos_token_ids(
 
 def load_eos_token_ids(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that ends a sequence of the model at `name`, sorted; its files are read, its weights are not."""
+    import transformers
+
     config = load_config(name, revision)
     try:
-        generation = GenerationConfig.from_pretrained(_local(name), **_source(name, revision))
+        generation = transformers.GenerationConfig.from_pretrained(_local(name), **_source(name, revision))
     except OSError:
         generation = None
     return eos_token_ids(tokenizer, config, generation)
@@ -226,6 +232,8 @@ def torch_dtype(name: DTypeName) -> torch.dtype:
 
 def new_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on texts; it puts `<s>` in front of every text and knows any string."""
+    import transformers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -239,7 +247,7 @@ def new_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> 
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -252,6 +260,8 @@ def new_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> 
 
 def new_model(spec: NewModel, texts: Iterable[str], *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A randomly initialised model and the tokenizer trained on `texts`: the same for the same arguments."""
+    import transformers
+
     tokenizer = new_tokenizer(texts, vocab_size=spec.vocab_size, max_length=spec.max_length)
     hidden, layers, heads, intermediate = _WIDTHS[spec.size]
     common: dict[str, Any] = {
@@ -264,8 +274,8 @@ def new_model(spec: NewModel, texts: Iterable[str], *, seed: int) -> tuple[PreTr
         torch.manual_seed(derive_seed(seed, "new_model"))
         model: PreTrainedModel
         if spec.family == "llama":
-            model = LlamaForCausalLM(
-                LlamaConfig(
+            model = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(
                     hidden_size=hidden,
                     num_hidden_layers=layers,
                     num_attention_heads=heads,
@@ -277,8 +287,10 @@ def new_model(spec: NewModel, texts: Iterable[str], *, seed: int) -> tuple[PreTr
                 )
             )
         else:
-            model = GPT2LMHeadModel(
-                GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=spec.max_length, **common)
+            model = transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(
+                    n_embd=hidden, n_layer=layers, n_head=heads, n_positions=spec.max_length, **common
+                )
             )
     return model.eval(), tokenizer
 
@@ -293,6 +305,8 @@ def save_new_model(directory: Path, spec: NewModel, texts: Iterable[str], *, see
 
 def quiet_transformers() -> None:
     """No progress bars, and only errors in the log."""
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
@@ -335,12 +349,14 @@ def _load(
             f"{name}: wanted a {kind}, got {architecture} without the weights {', '.join(absent[:3])}"
             f"{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
         )
-    return cast(PreTrainedModel, model.eval())
+    return cast("PreTrainedModel", model.eval())
 
 
 def _four_bits(dtype: DTypeName) -> dict[str, Any]:
     """What lets from_pretrained quantise as QLoRA does (arXiv:2305.14314), which it does on the GPU."""
-    settings = BitsAndBytesConfig(
+    import transformers
+
+    settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -14,17 +14,18 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_config, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """The weights in a peft adapter directory."""
@@ -48,6 +49,7 @@ def add_adapter(
         ConfigError: a target module is no linear layer of this model, or is its output layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     targets = adapted_layers(model, settings, where, trained)
     config = LoraConfig(
@@ -77,6 +79,8 @@ def adapted_layers(model: PreTrainedModel, settings: schema.Lora, where: str, tr
     Raises:
         ConfigError: a target module is no linear layer of this model, or is its output layer.
     """
+    from transformers.pytorch_utils import Conv1D
+
     output = model.get_output_embeddings()
     linear = [
         name

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
@@ -25,6 +23,9 @@ from rlhf_ray.trainers.durable import write_folder
 from rlhf_ray.trainers.run import DATA, MODEL, RunFolder, StageResult, StageRun
 from rlhf_ray.trainers.sampling import SampleStream
 from rlhf_ray.workers.learner import Learner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DataSet: TypeAlias = TextSet | PreferenceSet | PromptSet
 _LOADERS: dict[str, Callable[..., DataSet]] = {

@@ -87,7 +87,7 @@ def train_ppo(
         if summary.kl_per_sequence is not None:
             kl.update(float(summary.kl_per_sequence.mean()), len(rollouts))
         samples.wait()
-        metrics |= losses | weights.sync(version=iteration)
+        metrics |= losses | weights.sync(version=iteration, interrupted=samples.interrupted)
         metrics |= worker_metrics(memory_asked(groups), groups.rewards)
         metrics = {name: value for name, value in metrics.items() if not name.startswith(unmeasured(config))}
         if run.evaluation_due(iteration, every=config.evaluation.every):

@@ -21,11 +21,12 @@ from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.distributed.groups import Pending, WorkerGroup, arrivals, gather, shares
 from rlhf_ray.shapes import SequenceInt
 from rlhf_ray.trainers.journal import read_rollouts, write_rollouts
-from rlhf_ray.workers.generator import Finished, Generator
+from rlhf_ray.workers.generator import Finished, Generator, Interrupted
 
 _SMALLEST_CHUNK = 16
 _CHUNKS = 4
 _FOLDER = "sampled_ahead"
+_FINISHED_BEFORE_SYNC = 3, 4
 
 
 @dataclass(frozen=True)
@@ -42,34 +43,55 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _UnderWay:
+class _Chunk:
+    """Samples that one generator hands over at once.
+
+    Args:
+        rank: of the generator.
+        first_row: place in the batch of the generator's first row.
+        count: of the samples.
+    """
+
+    rank: int
+    first_row: int
+    count: int
+
+
+@dataclass
+class _Batch:
     """A batch that is being sampled.
 
     Args:
         started: whether all generators have taken it on.
-        chunks: what they finish, one after the other.
-        first_rows: place in the batch of the first row of each chunk's generator.
-        streams: whether the chunks are judged one by one.
+        asked: the chunks that are on their way.
+        left: the chunks that nobody has asked for, each generator's in order.
+        streams: whether chunks are judged one by one.
     """
 
     started: Pending[None]
-    chunks: list[Pending[Finished]]
-    first_rows: list[int]
+    asked: list[tuple[_Chunk, Pending[Finished]]]
+    left: list[_Chunk]
     streams: bool
 
     def pieces(self) -> Iterator[Piece]:
         """Chunks as they finish; a single piece in the order of the rows where they are not judged one by one."""
         if not self.streams:
-            gather(self.started, *self.chunks)
-            yield _in_order([self._piece(number, chunk.result()) for number, chunk in enumerate(self.chunks)])
+            yield self.whole()
             return
-        for number, chunk in arrivals(self.started, *self.chunks):
-            if chunk is not None:
-                yield self._piece(number - 1, chunk)
+        for number, finished in arrivals(self.started, *(pending for _, pending in self.asked)):
+            if finished is not None:
+                yield _piece(self.asked[number - 1][0], finished)
 
-    def _piece(self, number: int, chunk: Finished) -> Piece:
-        rows, order = chunk.rows.sort()
-        return Piece(rows + self.first_rows[number], chunk.rollouts.select(order.tolist()))
+    def wait(self) -> None:
+        """Returns when all that was asked for is there."""
+        gather(self.started, *(pending for _, pending in self.asked))
+
+    def whole(self) -> Piece:
+        """All rows, in their order."""
+        self.wait()
+        pieces = [_piece(chunk, pending.result()) for chunk, pending in self.asked]
+        rows, order = torch.cat([piece.rows for piece in pieces]).sort()
+        return Piece(rows, Rollouts.concat([piece.rollouts for piece in pieces]).select(order.tolist()))
 
 
 class SampleStream:
@@ -85,18 +107,22 @@ class SampleStream:
         self._config = config
         self._generator = generator
         self._prompts = prompts
-        self._under_way: dict[int, _UnderWay] = {}
+        self.interrupted: Interrupted = "refuse" if config.interrupted == "wait" else config.interrupted
+        self._under_way: dict[int, _Batch] = {}
         self._complete: dict[int, Rollouts] = {}
 
     def pieces(self, iteration: int) -> Iterator[Piece]:
         """The batch of an iteration; those of the `staleness` iterations after it are started with the same weights.
 
-        Without staleness the pieces come as they finish. A batch that was sampled ahead is one piece.
+        The pieces come as they finish. A batch that was complete before is one piece.
         """
         last = min(iteration + self._config.staleness, self._config.iterations)
         for ahead in range(iteration, last + 1):
             if ahead not in self._complete and ahead not in self._under_way:
                 self._under_way[ahead] = self._start(ahead)
+        for ahead in range(iteration, last + 1):
+            newest = ahead == last > iteration
+            self._ask(ahead, all_of_it=not newest or self._config.interrupted == "wait")
         if iteration in self._complete:
             rollouts = self._complete.pop(iteration)
             yield Piece(torch.arange(len(rollouts)), rollouts)
@@ -104,14 +130,15 @@ class SampleStream:
             yield from self._under_way.pop(iteration).pieces()
 
     def wait(self) -> None:
-        """Returns once nothing is being sampled: the generators can take other weights."""
-        for iteration in list(self._under_way):
-            piece = _in_order(list(self._under_way.pop(iteration).pieces()))
-            self._complete[iteration] = piece.rollouts
+        """Returns when the generators can take other weights: nothing that was asked for is being sampled."""
+        for batch in self._under_way.values():
+            batch.wait()
 
     def save(self, folder: Path) -> None:
-        """Writes the batches that were sampled ahead."""
-        self.wait()
+        """Writes the batches that were sampled ahead, and completes the one under way for that."""
+        for iteration in sorted(self._under_way):
+            self._ask(iteration, all_of_it=True)
+            self._complete[iteration] = self._under_way.pop(iteration).whole().rollouts
         for iteration, rollouts in self._complete.items():
             unknown = torch.full((len(rollouts),), torch.nan)
             write_rollouts(folder / _FOLDER / f"{iteration:06}.parquet", rollouts, scores=unknown)
@@ -123,36 +150,53 @@ class SampleStream:
             # A journal keeps answers as JSON; the data have them as they are.
             answers = [
                 answer
-                for answer in self._batch(iteration).answers
+                for answer in self._prompts_of(iteration).answers
                 for _ in range(self._config.sampling.samples_per_prompt)
             ]
             self._complete[iteration] = replace(read_rollouts(file).rollouts, answers=answers)
 
-    def _batch(self, iteration: int) -> Prompts:
+    def _prompts_of(self, iteration: int) -> Prompts:
         return self._prompts.batch(iteration - 1, self._config.prompts_per_iteration)
 
-    def _start(self, iteration: int) -> _UnderWay:
-        batch, sampling = self._batch(iteration), self._config.sampling
-        started = self._generator.split(Generator.start, batch, sampling, iteration=iteration)
-        chunks, first_rows = [], []
-        streams = False
-        for rank, prompts in enumerate(shares(len(batch), self._generator.size)):
-            rows = len(prompts) * sampling.samples_per_prompt
-            size = rows if self._config.staleness else self._config.chunk_samples or chunk_rows(rows)
-            streams = streams or size < rows
-            for taken in range(0, rows, max(size, 1)):
-                count = min(size, rows - taken)
-                chunks.append(self._generator.one(rank, Generator.next_finished, iteration=iteration, count=count))
-                first_rows.append(prompts.start * sampling.samples_per_prompt)
-        return _UnderWay(started, chunks, first_rows, streams)
+    def _start(self, iteration: int) -> _Batch:
+        prompts, sampling = self._prompts_of(iteration), self._config.sampling
+        started = self._generator.split(Generator.start, prompts, sampling, iteration=iteration)
+        each = sampling.samples_per_prompt
+        chunks = [
+            [_Chunk(rank, share.start * each, count) for count in chunk_sizes(self._config, len(share) * each)]
+            for rank, share in enumerate(shares(len(prompts), self._generator.size))
+        ]
+        streams = any(len(own) > 1 for own in chunks)
+        return _Batch(started, [], [chunk for own in chunks for chunk in own], streams)
+
+    def _ask(self, iteration: int, *, all_of_it: bool) -> None:
+        """Asks for what is left of a batch, or for each generator's first chunk."""
+        batch = self._under_way.get(iteration)
+        if batch is None or (batch.asked and not all_of_it):
+            return
+        ranks = [chunk.rank for chunk in batch.left]
+        now = [chunk for at, chunk in enumerate(batch.left) if all_of_it or chunk.rank not in ranks[:at]]
+        batch.left = [chunk for chunk in batch.left if chunk not in now]
+        for chunk in now:
+            call = self._generator.one(chunk.rank, Generator.next_finished, iteration=iteration, count=chunk.count)
+            batch.asked.append((chunk, call))
 
 
-def chunk_rows(rows: int) -> int:
-    """Samples that are judged together where the settings do not say: a quarter of a generator's, at least 16."""
-    return max(-(-rows // _CHUNKS), _SMALLEST_CHUNK)
+def chunk_sizes(config: schema.Ppo, rows: int) -> list[int]:
+    """How many of a generator's samples are handed over at a time.
+
+    Without staleness by the settings, else all at once; where unfinished responses outlive a change of weights, first
+    those that must be finished before it.
+    """
+    if config.staleness == 0:
+        size = config.chunk_samples or max(-(-rows // _CHUNKS), _SMALLEST_CHUNK)
+    elif config.interrupted == "wait":
+        size = rows
+    else:
+        size = -(-rows * _FINISHED_BEFORE_SYNC[0] // _FINISHED_BEFORE_SYNC[1])
+    return [min(size, rows - taken) for taken in range(0, rows, max(size, 1))]
 
 
-def _in_order(pieces: list[Piece]) -> Piece:
-    """One piece of all rows."""
-    rows, order = torch.cat([piece.rows for piece in pieces]).sort()
-    return Piece(rows, Rollouts.concat([piece.rollouts for piece in pieces]).select(order.tolist()))
+def _piece(chunk: _Chunk, finished: Finished) -> Piece:
+    rows, order = finished.rows.sort()
+    return Piece(rows + chunk.first_row, finished.rollouts.select(order.tolist()))

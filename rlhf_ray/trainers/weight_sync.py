@@ -27,7 +27,7 @@ from rlhf_ray.distributed.transports import (
 )
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.shapes import TokenFloat
-from rlhf_ray.workers.generator import Generator, ProbeResult
+from rlhf_ray.workers.generator import Generator, Interrupted, ProbeResult
 from rlhf_ray.workers.learner import Learner
 
 
@@ -72,8 +72,11 @@ class WeightSync:
         self._session = 0
         self._model_bytes = 0
 
-    def sync(self, version: int) -> dict[str, float]:
+    def sync(self, version: int, *, interrupted: Interrupted = "refuse") -> dict[str, float]:
         """Afterwards every generator holds and attests this version of the weights; metrics of the transfer.
+
+        Args:
+            interrupted: what becomes of responses that are not finished, see `Generator.receive_weights`.
 
         Raises:
             WeightSyncError: a tensor is missing, was not sent, or differs; the version is another one; or the probe
@@ -82,7 +85,7 @@ class WeightSync:
         start = time.perf_counter()
         self._generator.all(Generator.fill_cache).result()
         filled = time.perf_counter()
-        sent = self.transfer(version)
+        sent = self.transfer(version, interrupted=interrupted)
         arrived = time.perf_counter()
         mean, largest = self._attest(version)
         seconds = arrived - filled
@@ -96,8 +99,11 @@ class WeightSync:
             "sync/probe_diff_max": largest,
         }
 
-    def transfer(self, version: int) -> SentWeights:
+    def transfer(self, version: int, *, interrupted: Interrupted = "refuse") -> SentWeights:
         """Afterwards every generator has loaded this version, and each tensor's digest was compared; what was sent.
+
+        Args:
+            interrupted: what becomes of responses that are not finished, see `Generator.receive_weights`.
 
         Raises:
             WeightSyncError: a tensor is missing, was not sent, or differs; or the version is another one.
@@ -107,7 +113,7 @@ class WeightSync:
         self._spec, self._session = None, self._session + 1
         sent, received = gather(
             self._policy.all(Learner.send_weights, spec, version),
-            self._generator.all(Generator.receive_weights, spec, version),
+            self._generator.all(Generator.receive_weights, spec, version, interrupted),
         )
         check_arrivals(sent[0], received)
         self._spec = spec

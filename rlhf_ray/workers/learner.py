@@ -10,12 +10,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf_ray.algorithms.language_losses import negative_log_likelihood
 from rlhf_ray.algorithms.logprobs import Entropy
@@ -68,6 +67,9 @@ from rlhf_ray.models.pairs import forward_pairs, pair_lengths
 from rlhf_ray.models.saving import ModelWriter, write_adapter
 from rlhf_ray.shapes import SequenceFloat, SequenceInt, TokenFloat
 from rlhf_ray.workers.objectives import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 B = TypeVar("B", bound=Batch)
 

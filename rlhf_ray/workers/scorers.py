@@ -11,26 +11,28 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Rollouts, Sequences, pad_rows
-from rlhf_ray.data.packing import plan_micro_batches, token_budget
+from rlhf_ray.data.batches import Rollouts, Sequences, make_sequences, pad_rows
+from rlhf_ray.data.packing import pack, plan_micro_batches, token_budget
 from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.errors import ConfigError, WorkerError
-from rlhf_ray.models.attention import attend_by_rows
+from rlhf_ray.models.attention import attend_by_rows, rows_of
 from rlhf_ray.models.forward import Layout, Outputs, answer_totals, forward, plan_answers
 from rlhf_ray.models.heads import LanguageModel
 from rlhf_ray.models.loading import load_causal_lm, load_classifier, load_tokenizer
 from rlhf_ray.models.pairs import forward_pairs
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.workers.reward_functions import load_function
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class RewardScorer(Protocol):
@@ -445,6 +447,8 @@ class _Reader:
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> None:
         self._device = _device()
         self._network = network.to(self._device)
+        # The logit is read from the states of a row's last token; a classifier without such a head reads it otherwise.
+        self._packs = hasattr(network, "score") and attend_by_rows(network)
         self._tokenizer = tokenizer
         # The response stands on the right: what does not fit is cut on the left.
         tokenizer.truncation_side = "left"
@@ -475,30 +479,42 @@ class _Reader:
         self.truncated += sum(len(row) > self._max_length for row in rows)
         return [row[-self._max_length :] for row in rows]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, rows: list[list[int]]) -> Tensor:
         """[B, labels] float32; the other rows of a micro-batch and the padding change nothing."""
         result = torch.zeros(len(rows), self._network.config.num_labels)
-        lengths = [len(row) for row in rows]
-        for group in plan_micro_batches(lengths, max_tokens=self._max_tokens, padded=True):
-            tokens = pad_rows([rows[row] for row in group], value=self._tokenizer.pad_token_id)
-            ends = torch.tensor([lengths[row] for row in group])
-            mask = torch.arange(tokens.shape[1])[None] < ends[:, None]
-            found = self._forward(tokens.to(self._device), mask.to(self._device), ends.to(self._device))
-            result[group] = found.float().cpu()
+        plan = plan_micro_batches([len(row) for row in rows], max_tokens=self._max_tokens, padded=not self._packs)
+        for group in plan:
+            read = self._read_packed if self._packs else self._read_padded
+            result[group] = read([rows[row] for row in group]).float().cpu()
         return result
 
-    def _forward(self, tokens: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+    def _read_packed(self, rows: list[list[int]]) -> Tensor:
+        packed = pack(make_sequences(rows, [[]] * len(rows)), range(len(rows)))
+        positions = packed.position_ids.to(self._device)
+        hidden = self._network.base_model(
+            input_ids=packed.tokens.to(self._device),
+            position_ids=positions,
+            use_cache=False,
+            **rows_of(self._network, positions),
+        ).last_hidden_state[0]
+        ends = torch.tensor([len(row) for row in rows], device=self._device).cumsum(0)
+        read: Tensor = self._network.score(hidden[ends - 1])
+        return read
+
+    def _read_padded(self, rows: list[list[int]]) -> Tensor:
+        ends = torch.tensor([len(row) for row in rows])
+        tokens = pad_rows(rows, value=self._tokenizer.pad_token_id)
+        mask = (torch.arange(tokens.shape[1])[None] < ends[:, None]).long().to(self._device)
+        tokens = tokens.to(self._device)
         head = getattr(self._network, "score", None)
         if head is None:
-            logits: Tensor = self._network(input_ids=tokens, attention_mask=mask.long()).logits
+            logits: Tensor = self._network(input_ids=tokens, attention_mask=mask).logits
             return logits
         # transformers finds the last token by its id, which fails where the pad token is a real one.
-        hidden = self._network.base_model(
-            input_ids=tokens, attention_mask=mask.long(), use_cache=False
-        ).last_hidden_state
-        read: Tensor = head(hidden[torch.arange(len(tokens), device=tokens.device), ends - 1])
-        return read
+        hidden = self._network.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        last: Tensor = head(hidden[torch.arange(len(rows), device=self._device), ends.to(self._device) - 1])
+        return last
 
 
 def _device() -> torch.device:

@@ -30,10 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
         "kl": {"place": "loss", "estimator": "k3"},
         "policy_loss": {"aggregation": "sequence_mean", "dual_clip": 3.0},
     },
-    "leave_one_out, no KL": {
+    "leave_one_out, no KL, one step ahead, unfinished responses kept": {
         "advantages": {"estimator": "leave_one_out"},
         "sampling": {"samples_per_prompt": 2},
         "kl": {"place": "off"},
+        "staleness": 1,
+        "interrupted": "keep",
     },
     "adapter, value head": {
         "policy": {"lora": {"rank": 2}, "optimizer": {"learning_rate": 1e-2}},
@@ -46,10 +48,12 @@ CASES: dict[str, dict[str, Any]] = {
         "advantages": {"estimator": "leave_one_out"},
         "sampling": {"samples_per_prompt": 2},
     },
-    "reinforce_baseline, generator's log-probabilities": {
+    "reinforce_baseline, generator's log-probabilities, one step ahead, unfinished responses abandoned": {
         "advantages": {"estimator": "reinforce_baseline"},
         "sampling": {"samples_per_prompt": 2},
         "old_logprobs": "generator",
+        "staleness": 1,
+        "interrupted": "abandon",
     },
 }
 
@@ -63,12 +67,17 @@ def test_ppo_runs_to_its_end(changes: dict[str, Any], tmp_path: Path, cluster: C
 
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:
-        if stage.old_logprobs == "learner":
+        lag = min(stage.staleness, row["iteration"] - 1)
+        assert row["generator/policy_version_lag"] == lag
+        if lag == 0 and stage.old_logprobs == "learner":
+            assert row["generator/attested_share"] == 1
             assert row["generator/logprob_diff_mean"] < (3e-2 if stage.generator.dtype == "bfloat16" else 1e-4)
-            assert stage.corrects_generator == (row["correction/weight_mean"] != 1)
         else:
             assert "generator/logprob_diff_mean" not in row
-        assert row["generator/policy_version_lag"] == 0
+        if not stage.corrects_generator:
+            assert row["correction/weight_mean"] == 1
+        elif lag > 0 or stage.generator.dtype == "bfloat16":
+            assert row["correction/weight_mean"] != 1
         assert 0.1 < row["policy/peak_memory_gib"] < 4
         assert row["policy/grad_norm"] > 0
         assert row["guard/skipped_steps"] == 0
@@ -88,7 +97,7 @@ def test_ppo_runs_to_its_end(changes: dict[str, Any], tmp_path: Path, cluster: C
 
     journal = pandas.read_parquet(tmp_path / "run/ppo/rollouts/iteration_000002.parquet")
     assert len(journal) == samples
-    assert set(journal["policy_version"]) == {1}
+    assert set(journal["policy_version"]) == {1 - stage.staleness}
     assert journal["score"].mean() == pytest.approx(rows[2]["reward/mean"], rel=1e-5)
     vowels = sum(c in "aeiou" for c in journal["response"][0].lower()) / max(1, len(journal["response"][0]))
     assert journal["score"][0] == pytest.approx(vowels, rel=1e-5)

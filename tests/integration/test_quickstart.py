@@ -193,12 +193,12 @@ def test_the_trace_says_who_did_what(quickstart: Quickstart) -> None:
     calls = [event for event in events if event["ph"] == "X" and event["cat"] == "ppo"]
     last = [event for event in calls if event["args"]["iteration"] == 8]
     did = {(roles[event["pid"]], event["name"]) for event in last}
-    expected = {("generator", "generate"), ("policy", "update"), ("critic", "values"), ("driver", "evaluation")}
+    expected = {("generator", "next_finished"), ("policy", "update"), ("critic", "values"), ("driver", "evaluation")}
     assert expected | {("reference", "logprobs"), ("reward/learned", "score"), ("driver", "iteration")} <= did
     (sent,) = {event["args"]["bytes"] for event in last if event["name"] == "send_weights"}
     assert {event["args"]["bytes"] for event in last if event["name"] == "receive_weights"} == {sent}
     rows = {row["iteration"]: row for row in read_metrics(quickstart.folder, "ppo")}
-    sampled = next(event["args"]["tokens"] for event in last if event["name"] == "generate")
+    sampled = sum(event["args"]["tokens"] for event in last if event["name"] == "next_finished")
     assert sampled == pytest.approx(rows[8]["response/length_mean"] * len(quickstart.rollouts(8)))
     assert all(row["driver/cpu_share"] < 0.2 for iteration, row in rows.items() if iteration)
     assert all(0 <= row["time/idle_share"] < 0.5 for iteration, row in rows.items() if iteration)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.config import schema
+from rlhf_ray.data.batches import Prompts, Rollouts
 from rlhf_ray.distributed.groups import WorkerGroup, gather
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.placement import Cluster, RoleRequest
@@ -21,7 +22,7 @@ from rlhf_ray.engines.vllm_generation import engine_environment
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.trainers import weight_sync
 from rlhf_ray.trainers.weight_sync import WeightSync
-from rlhf_ray.workers.generator import Generator
+from rlhf_ray.workers.generator import Generator, Interrupted
 from rlhf_ray.workers.learner import Learner
 from tests.tiny_models import make_llama
 
@@ -130,6 +131,44 @@ def started(cluster: Cluster, model: str, *, zero: int, lora: schema.Lora | None
         yield Groups(policy, generator, sync_over("auto"), sync_over("gloo"))
 
 
+PROMPTS = Prompts(
+    token_ids=[[1, *range(40, 48)], [1, *range(50, 90)]],
+    texts=["", ""],
+    answers=[None, None],
+    ids=[0, 1],
+    repeats=[0, 0],
+)
+SAMPLING = schema.Sampling(max_new_tokens=12, samples_per_prompt=3)
+
+
+def sample_through_new_weights(groups: Groups, version: int, interrupted: Interrupted) -> tuple[Rollouts, Rollouts]:
+    """Responses that have begun when the weights of `version` arrive, and what these weights alone sample.
+
+    Their tokens of `version` have the learner's log-probabilities.
+    """
+    groups.generator.split(Generator.start, PROMPTS, SAMPLING, iteration=1).result()
+    groups.nudge()
+    assert groups.sync.sync(version, interrupted=interrupted)["sync/probe_diff_max"] < 1e-4
+    parts = groups.generator.all(Generator.next_finished, 1, 3).result()
+    rollouts = Rollouts.concat([part.rollouts.select(part.rows.argsort().tolist()) for part in parts])
+    logprobs = groups.policy.split(Learner.logprobs, rollouts.sequences, temperature=1.0).result()
+    groups.sync.check_rollouts(rollouts, logprobs, version=version)
+    return rollouts, groups.generator.split(Generator.generate, PROMPTS, SAMPLING, iteration=1).result()
+
+
+def check_interrupted(groups: Groups, version: int) -> None:
+    """Kept responses have tokens of two versions; abandoned ones are those that the new weights alone sample."""
+    kept, fresh = sample_through_new_weights(groups, version, "keep")
+    mask = kept.sequences.response_mask
+    assert set(kept.policy_versions[mask].tolist()) == {version - 1, version}
+    assert kept.oldest_versions().tolist() == [version - 1] * 6
+    assert not torch.equal(kept.generator_logprobs, fresh.generator_logprobs)
+    abandoned, fresh = sample_through_new_weights(groups, version + 1, "abandon")
+    assert torch.equal(abandoned.policy_versions, abandoned.sequences.response_mask * (version + 1))
+    assert torch.equal(abandoned.sequences.tokens, fresh.sequences.tokens)
+    assert torch.equal(abandoned.generator_logprobs, fresh.generator_logprobs)
+
+
 FAULTS = {
     "policy:0:2:drop_tensor": "tensor 'model.embed_tokens.weight' of version 2 did not arrive",
     "policy:0:2:swap_tensors": "of version 2 arrived with digest",
@@ -183,6 +222,7 @@ def test_weights_arrive_and_every_fault_is_caught(
         groups.nudge()
         for version in (6, 7):
             assert groups.over_gloo.sync(version)["sync/probe_diff_max"] < 1e-4
+        check_interrupted(groups, 8)
 
 
 def test_an_adapter_arrives_and_every_fault_is_caught(cluster: Cluster, tmp_path: Path) -> None:
@@ -213,3 +253,4 @@ def test_an_adapter_arrives_and_every_fault_is_caught(cluster: Cluster, tmp_path
         with pytest.raises(WeightSyncError, match="it does not compute with the learner's weights"):
             groups.sync.sync(3)
         assert groups.over_gloo.sync(3)["sync/probe_diff_max"] < 1e-4
+        check_interrupted(groups, 4)

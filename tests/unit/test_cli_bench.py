@@ -137,7 +137,6 @@ def test_other_machines_are_not_compared(played: Played, capsys: pytest.CaptureF
 
 
 def test_a_plot_is_a_page_by_itself(played: Played) -> None:
-    pytest.importorskip("plotly")
     played.answers["learn"] = Outcome("learn", figures=(HELD, MISSED, Figure("learn/alone", 3.0, "s")))
     assert code("learn", "--plot", "f.html") == 1
     page = Path("f.html").read_text()

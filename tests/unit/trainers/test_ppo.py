@@ -27,7 +27,7 @@ from rlhf_ray.trainers.ppo import (
     update,
 )
 from rlhf_ray.trainers.run import RunFolder
-from rlhf_ray.trainers.sampling import Piece, SampleStream
+from rlhf_ray.trainers.sampling import Piece, SampleStream, chunk_sizes
 from rlhf_ray.workers.learner import Values
 from rlhf_ray.workers.objectives import JointObjective, PolicyObjective, ValueObjective
 from tests.unit.trainers.fake_workers import (
@@ -601,6 +601,61 @@ def test_sampling_runs_ahead(tmp_path: Path, staleness: int) -> None:
     # exp(-1 + 0.75), which is below the cap.
     assert rows[4]["correction/weight_mean"] == pytest.approx(exp(-0.25))
     assert rows[4]["evaluation/reward_mean"] == 401.0
+
+
+def test_responses_outlive_a_change_of_the_weights(tmp_path: Path) -> None:
+    """Of the 6 responses of the batch ahead 5 are finished before a sync; the last token of the other one is newer."""
+    stage = Stage(tmp_path, iterations=3, prompts_per_iteration=6, staleness=1, interrupted="keep")
+    events = stage.session(held_out=False)
+    syncs = [event for event in events if event[0] == "sync"]
+    assert syncs == [("sync", 0), ("sync", 1, "keep", 1), ("sync", 2, "keep", 1), ("sync", 3)]
+    started = [event for event in events if event[0] in ("generate", "policy update", "reference logprobs")]
+    # A batch is judged in two pieces: what was finished before the sync, and the row that was late.
+    judged = [("reference logprobs", 1.0)] * 2
+    learnt = [("policy update", k, 1, 1, True) for k in (1, 2, 3)]
+    one, two, three = (("generate", k, list(range(6 * k - 6, 6 * k))) for k in (1, 2, 3))
+    assert started == [one, two, *judged, learnt[0], three, *judged, learnt[1], *judged, learnt[2]]
+    kept = read_rollouts(stage.run_dir / "ppo/rollouts/iteration_000003.parquet").rollouts
+    assert kept.prompt_ids.tolist() == list(range(12, 18))
+    # Rows finish from the last to the first; index 2 and 3 are the response's.
+    assert kept.policy_versions[:, 2:].tolist() == [[1, 2], *[[1, 1]] * 5]
+    assert [row["generator/policy_version_lag"] for row in stage.metrics()] == [0, 1, 1]
+    assert ["generator/logprob_diff_mean" in row for row in stage.metrics()] == [True, True, True]
+
+
+@pytest.mark.parametrize("interrupted", ["keep", "abandon"])
+def test_a_checkpoint_completes_the_batch_under_way(tmp_path: Path, interrupted: str) -> None:
+    changes: dict[str, Any] = {"iterations": 4, "checkpoints": {"every": 2}, "staleness": 1, "interrupted": interrupted}
+    changes |= {"prompts_per_iteration": 6}
+    whole = Stage(tmp_path / "whole", **changes)
+    whole.session()
+    stage = Stage(tmp_path / "stopped", **changes)
+    with pytest.raises(RuntimeError, match="update 3"):
+        stage.session(fails_at=3)
+    stage.session()
+    for iteration in range(1, 5):
+        name = f"ppo/rollouts/iteration_{iteration:06}.parquet"
+        mine, other = (read_rollouts(run.run_dir / name) for run in (stage, whole))
+        assert torch.equal(mine.rollouts.policy_versions, other.rollouts.policy_versions)
+        assert torch.equal(mine.scores, other.scores)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "sizes"),
+    [
+        (8, {}, [8]),
+        (16, {}, [16]),
+        (40, {}, [16, 16, 8]),
+        (70, {}, [18, 18, 18, 16]),
+        (8, {"chunk_samples": 3}, [3, 3, 2]),
+        (0, {}, []),
+        (70, {"staleness": 1}, [70]),
+        (70, {"staleness": 1, "interrupted": "keep"}, [53, 17]),
+        (1, {"staleness": 1, "interrupted": "abandon"}, [1]),
+    ],
+)
+def test_how_many_samples_are_handed_over_at_a_time(rows: int, changes: dict[str, Any], sizes: list[int]) -> None:
+    assert chunk_sizes(ppo_settings(**changes), rows) == sizes
 
 
 @pytest.mark.parametrize(("staleness", "fails_at"), [(1, 3), (1, 4), (2, 3), (2, 2)])

@@ -10,7 +10,9 @@ import torch
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Prompts, Rollouts
 from rlhf_ray.distributed.place import Place
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.distributed.transports import TransportSpec
+from rlhf_ray.engines.generation import Sample
+from rlhf_ray.errors import ConfigError, WeightSyncError
 from rlhf_ray.workers.generator import Generator, probe_prompts
 from tests.tiny_models import make_llama
 
@@ -85,6 +87,73 @@ def test_a_prompt_that_comes_twice_gets_other_samples(llama: str) -> None:
     rows = responses(make_generator(llama).generate(twice, SAMPLING, iteration=4))
     assert rows[:2] == responses(make_generator(llama).generate(once, SAMPLING, iteration=4))
     assert len({tuple(row) for row in rows}) == 4
+
+
+def test_finished_responses_come_in_parts_while_others_of_two_iterations_are_generated(llama: str) -> None:
+    prompts, generator = make_prompts(), make_generator(llama)
+    generator.start(prompts, SAMPLING, iteration=4)
+    generator.start(prompts.select([1]), SAMPLING, iteration=5)
+    fourth = [generator.next_finished(4, 4)]
+    between = generator.generate(prompts, SAMPLING, iteration=6)
+    fifth = generator.next_finished(5, 9)
+    generator.probe()
+    fourth.append(generator.next_finished(4, 4))
+    # The transformers engine ends one response a step, the first row first.
+    assert [part.rows.tolist() for part in fourth] == [[0, 1, 2, 3], [4, 5]]
+    assert fifth.rows.tolist() == [0, 1]
+    for iteration, rollouts in ((4, Rollouts.concat([part.rollouts for part in fourth])), (6, between)):
+        whole = make_generator(llama).generate(prompts, SAMPLING, iteration=iteration)
+        assert responses(rollouts) == responses(whole)
+        assert (rollouts.prompts, rollouts.responses, rollouts.answers) == (
+            whole.prompts,
+            whole.responses,
+            whole.answers,
+        )
+        assert torch.equal(rollouts.prompt_ids, whole.prompt_ids)
+    assert responses(fifth.rollouts) == responses(
+        make_generator(llama).generate(prompts.select([1]), SAMPLING, iteration=5)
+    )
+    with pytest.raises(AssertionError, match="iteration 4 was not started, or is over"):
+        generator.next_finished(4, 1)
+
+
+class SteppedEngine:
+    """Ends the numbers that it is told, a list for each step."""
+
+    cache_block, vocab_size, max_model_len = 0, 300, 40
+
+    def __init__(self, steps: list[list[int]]) -> None:
+        self.steps = steps
+        self.taken = 0
+
+    def start(self, prompts: list[list[int]], sampling: schema.Sampling, *, seeds: list[int]) -> list[int]:
+        return list(range(len(prompts)))
+
+    def step(self) -> list[tuple[int, Sample]]:
+        self.taken += 1
+        return [(number, Sample([number], [-1.0], True, "", [0])) for number in self.steps.pop(0)]
+
+
+def test_parts_are_of_the_order_of_ending_and_no_step_is_taken_too_many(llama: str) -> None:
+    generator = make_generator(llama)
+    engine = SteppedEngine([[], [4], [1, 2, 5], [], [0, 3]])
+    generator.engine = engine  # type: ignore[assignment]
+    generator.start(make_prompts(), SAMPLING, iteration=1)
+    parts = []
+    for count, steps in ((1, 2), (2, 3), (1, 3), (5, 5)):
+        parts.append(generator.next_finished(1, count))
+        assert engine.taken == steps
+    assert [part.rows.tolist() for part in parts] == [[4], [1, 2], [5], [0, 3]]
+    assert [row for part in parts for [row] in responses(part.rollouts)] == [4, 1, 2, 5, 0, 3]
+
+
+def test_weights_are_refused_while_responses_are_generated(llama: str) -> None:
+    generator = make_generator(llama)
+    generator.start(make_prompts(), SAMPLING, iteration=1)
+    generator.next_finished(1, 2)
+    spec = TransportSpec(kind="gloo", address="", port=0, receivers=1)
+    with pytest.raises(WeightSyncError, match=r"version 1 arrives while 4 responses are being generated; .*'keep'"):
+        generator.receive_weights(spec, 1)
 
 
 def test_a_prompt_that_is_too_long_is_named(llama: str) -> None:

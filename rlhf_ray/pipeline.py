@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import run_files
@@ -12,10 +16,12 @@ from rlhf_ray.plan import check_data
 from rlhf_ray.stages.collect import run_collect
 from rlhf_ray.stages.dpo import run_dpo
 from rlhf_ray.stages.ppo import run_ppo
-from rlhf_ray.stages.site import Site, known_before_start, load_data, stage_result
+from rlhf_ray.stages.site import Site, StageData, known_before_start, load_data, stage_result
 from rlhf_ray.stages.supervised import run_supervised
 from rlhf_ray.trainers.metrics import check_tracking
 from rlhf_ray.trainers.run import RunFolder
+
+T = TypeVar("T")
 
 
 def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -> None:
@@ -41,7 +47,8 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
             print(f"{folder.path} is done; its result is {results[-1].output}", flush=True)
             return
         recorder = Recorder()
-        early = {s.name: load_data(s, str(s.policy.model), config.seed) for s in known_before_start(config)}
+        # Ray's start is mostly waiting, and passes while data is encoded; what is wrong with it ends the run at once.
+        early = _beside(lambda: _early_data(config))
         placement = config.placement
         with Cluster(
             placement.address,
@@ -50,10 +57,29 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
             call_timeout_s=placement.call_timeout_s,
             recorder=recorder,
         ) as cluster:
-            site = Site(config, folder, cluster, recorder, pipeline_dir, early)
+            site = Site(config, folder, cluster, recorder, pipeline_dir, early.result())
             for stage in config.stages:
                 if site.result(stage) is None:
                     _run_stage(site, stage)
+
+
+def _early_data(config: schema.Pipeline) -> dict[str, StageData]:
+    """The data that no stage of this pipeline makes, by stage."""
+    return {s.name: load_data(s, str(s.policy.model), config.seed) for s in known_before_start(config)}
+
+
+def _beside(work: Callable[[], T]) -> Future[T]:
+    """Does the work in a thread, which keeps no process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="beside", daemon=True).start()
+    return future
 
 
 def _run_stage(site: Site, stage: schema.Stage) -> None:

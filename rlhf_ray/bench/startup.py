@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from rlhf_ray.bench import workload
 from rlhf_ray.bench.end_to_end import write_prompts
 from rlhf_ray.bench.figures import Figure, Settings, alone, from_pairs
 from rlhf_ray.bench.workload import save_model
@@ -36,7 +37,7 @@ def measure(settings: Settings) -> list[Figure]:
     """Seconds to the first token against the sum of the floors, and the floors by themselves."""
     model = save_model(settings.folder / "model_s")
     (settings.folder / "startup_rewards.py").write_text(_REWARD)
-    prompts = write_prompts(settings.folder / "prompts.jsonl", 64)
+    prompts = write_prompts(settings.folder / "prompts.jsonl", workload.prompts(64))
     starts: dict[str, list[float]] = {part: [] for part in _PARTS}
     pairs = []
     for repeat in range(settings.repeats + 1):
@@ -76,7 +77,8 @@ def _first_token(folder: Path, number: int, model: Path, prompts: Path) -> float
     events = json.loads((run_dir / trace.FILE).read_text())
     roles = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     tokens = [event for event in events if event["ph"] == "X" and event["args"].get("tokens")]
-    return min(call["ts"] + call["dur"] for call in tokens if roles[call["pid"]] == "generator") / 1e6 - began
+    ends = [float(call["ts"] + call["dur"]) for call in tokens if roles[call["pid"]] == "generator"]
+    return min(ends) / 1e6 - began
 
 
 def _start_alone(part: str, model: Path) -> float:
@@ -94,7 +96,7 @@ def _start_alone(part: str, model: Path) -> float:
 def _ray(model: str) -> None:
     from rlhf_ray.distributed.placement import Cluster
 
-    Cluster("local").__enter__()
+    assert Cluster("local").__enter__().address
 
 
 def _engine(model: str) -> None:

@@ -127,7 +127,7 @@ class Learner(Workers):
     activation_checkpointing: StrictBool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     micro_batch_tokens: Count | None = None
-    """Most tokens in one forward pass; gradients accumulate over the micro-batches of a mini-batch. Unset: 512 on CPU,
+    """Most tokens in one forward pass; gradients accumulate over the micro-batches of a mini-batch. Unset: 2048 on CPU,
     16384 on GPU."""
     micro_batch_sequences: Count | None = None
     """Most sequences in one forward pass; unset: the token budget alone decides."""
@@ -219,7 +219,7 @@ class Reference(Workers):
     dtype: DType = "float32"
     """Type of the weights."""
     micro_batch_tokens: Count | None = None
-    """Most tokens in one forward pass. Unset: 512 on CPU, 16384 on GPU."""
+    """Most tokens in one forward pass. Unset: 2048 on CPU, 16384 on GPU."""
 
 
 class _Reward(Workers):
@@ -243,7 +243,7 @@ class ModelReward(_Reward):
     dtype: DType = "float32"
     """Type of the weights."""
     micro_batch_tokens: Count | None = None
-    """Most tokens in one forward pass. Unset: 512 on CPU, 16384 on GPU."""
+    """Most tokens in one forward pass. Unset: 2048 on CPU, 16384 on GPU."""
 
 
 class ClassifierReward(_Reward):
@@ -264,7 +264,7 @@ class ClassifierReward(_Reward):
     dtype: DType = "float32"
     """Type of the weights."""
     micro_batch_tokens: Count | None = None
-    """Most tokens in one forward pass. Unset: 512 on CPU, 16384 on GPU."""
+    """Most tokens in one forward pass. Unset: 2048 on CPU, 16384 on GPU."""
 
 
 class FunctionReward(_Reward):

@@ -15,7 +15,7 @@ from rlhf_ray.data.batches import Sequences
 
 def token_budget(configured: int | None, device: torch.device) -> int:
     """Most tokens in one forward pass: the setting, else what suits the device."""
-    return configured or (16384 if device.type == "cuda" else 512)
+    return configured or (16384 if device.type == "cuda" else 2048)
 
 
 def plan_micro_batches(

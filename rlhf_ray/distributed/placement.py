@@ -58,6 +58,9 @@ _PASSED_ON = (
     "HF_DATASETS_OFFLINE",
     "HF_ENDPOINT",
     "TRANSFORMERS_OFFLINE",
+    "OMP_WAIT_POLICY",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
     faults.VARIABLE,
 )
 
@@ -202,7 +205,10 @@ def _count(number: float, name: str) -> str:
 
 
 def worker_environment(share: Share, extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a worker's process, set before it starts: threads, memory allocator, devices."""
+    """The environment of a worker's process, set before it starts: threads, memory allocator, devices.
+
+    What the user has set of the allocator and of waiting threads stays; their number follows from the share.
+    """
     threads = str(int(share.cpus) if share.cpus >= 2 else 1)
     variables = {
         "OMP_NUM_THREADS": threads,

@@ -235,19 +235,26 @@ class VllmEngine:
         return found
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
-        """vLLM's results for these requests alone; what was started before goes on meanwhile."""
-        numbers = [self._add(list(prompt), one) for prompt, one in zip(prompts, parameters, strict=True)]
+        """vLLM's results for these requests alone; what was started before goes on meanwhile, but waits its turn."""
+        numbers = [self._add(list(prompt), one, priority=-1) for prompt, one in zip(prompts, parameters, strict=True)]
         found: dict[int, Any] = {}
         while len(found) < len(numbers):
             found |= self._advance()
         return [found[number] for number in numbers]
 
-    def _add(self, prompt: list[int], parameters: Any, *, number: int | None = None) -> int:
+    def _add(self, prompt: list[int], parameters: Any, *, number: int | None = None, priority: int = 0) -> int:
         if number is None:
             number, self._started = self._started, self._started + 1
         parameters.output_kind = _final_only()
-        request = {"type": "token", "prompt_token_ids": prompt}
-        self._llm.llm_engine.add_request(str(number), request, parameters, lora_request=self._adapter)
+        self._llm.llm_engine.add_request(
+            str(number),
+            {"type": "token", "prompt_token_ids": prompt},
+            parameters,
+            # vLLM takes the smallest priority first, then the earliest; no clock may decide.
+            priority=priority,
+            arrival_time=float(number),
+            lora_request=self._adapter,
+        )
         return number
 
     def _advance(self) -> dict[int, Any]:
@@ -378,6 +385,7 @@ def _arguments(config: schema.Generator, model: PretrainedConfig, *, max_model_l
         "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
         "enforce_eager": not config.compile,
         "enable_prefix_caching": config.prefix_caching,
+        "scheduling_policy": "priority",
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
         "generation_config": "vllm",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NAME = "rlhf_ray_rows"
 # What some architectures add to their attention, and is not done here.
@@ -76,6 +78,9 @@ def attend_by_rows(model: PreTrainedModel) -> bool:
 
     Tried out on a few tokens.
     """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attention)
     if getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None:
         return False
     rows = [[1, 2, 3], [2, 3, 1, 1]]
@@ -210,6 +215,3 @@ def _kernel_agrees(device: torch.device, dtype: torch.dtype, heads: int, key_hea
     parts = zip(*(torch.split(each, [2, 3], 2) for each in states), strict=True)
     wanted = torch.cat([_attend(*part, dropout=0.0, scaling=None, window=None).transpose(1, 2) for part in parts], 1)
     return bool((found - wanted).abs().max() <= 3e-2)
-
-
-AttentionInterface.register(_NAME, _attention)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import httpx
 import torch
-import transformers
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -48,6 +47,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         ConfigError: no such directory, no tokenizer in it, the hub cannot be reached or refuses.
     """
+    import transformers
+
     with _plain_words(name, revision, "tokenizer"):
         tokenizer = cast(
             "PreTrainedTokenizerBase",
@@ -69,6 +70,8 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
     Raises:
         ConfigError: no such directory, no config.json in it, the hub cannot be reached or refuses.
     """
+    import transformers
+
     with _plain_words(name, revision, "model"):
         return cast(
             "PretrainedConfig",
@@ -88,6 +91,8 @@ def load_causal_lm(
     Raises:
         ConfigError: as `load_config`; or the model is of another kind, or weights are missing.
     """
+    import transformers
+
     return _load(transformers.AutoModelForCausalLM, name, revision, dtype, "causal language model", in_4_bits=in_4_bits)
 
 
@@ -108,6 +113,8 @@ def load_classifier(
     Raises:
         ConfigError: as `load_config`; or the model is of another kind, weights are missing, or num_labels differs.
     """
+    import transformers
+
     config = load_config(name, revision)
     if num_labels is not None and config.num_labels != num_labels:
         raise ConfigError(f"{name}: wanted a classifier with {num_labels} output(s), got {config.num_labels}")
@@ -131,6 +138,8 @@ def load_reward_model(
     Raises:
         ConfigError: as `load_config`; or the model has several outputs, or its scores are not read at the last token.
     """
+    import transformers
+
     config = load_config(name, revision)
     if any("ForSequenceClassification" in architecture for architecture in config.architectures or ()):
         model = load_classifier(name, revision, dtype, num_labels=1, in_4_bits=in_4_bits)
@@ -196,6 +205,8 @@ def eos_token_ids(
 
 def load_eos_token_ids(name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that ends a sequence of the model at `name`, sorted; its files are read, its weights are not."""
+    import transformers
+
     config = load_config(name, revision)
     try:
         generation = transformers.GenerationConfig.from_pretrained(_local(name), **_source(name, revision))
@@ -221,6 +232,8 @@ def torch_dtype(name: DTypeName) -> torch.dtype:
 
 def new_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on texts; it puts `<s>` in front of every text and knows any string."""
+    import transformers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -247,6 +260,8 @@ def new_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> 
 
 def new_model(spec: NewModel, texts: Iterable[str], *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A randomly initialised model and the tokenizer trained on `texts`: the same for the same arguments."""
+    import transformers
+
     tokenizer = new_tokenizer(texts, vocab_size=spec.vocab_size, max_length=spec.max_length)
     hidden, layers, heads, intermediate = _WIDTHS[spec.size]
     common: dict[str, Any] = {
@@ -290,6 +305,8 @@ def save_new_model(directory: Path, spec: NewModel, texts: Iterable[str], *, see
 
 def quiet_transformers() -> None:
     """No progress bars, and only errors in the log."""
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 
@@ -337,6 +354,8 @@ def _load(
 
 def _four_bits(dtype: DTypeName) -> dict[str, Any]:
     """What lets from_pretrained quantise as QLoRA does (arXiv:2305.14314), which it does on the GPU."""
+    import transformers
+
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

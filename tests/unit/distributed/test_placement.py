@@ -79,12 +79,17 @@ def test_what_no_node_can_hold_is_refused() -> None:
 def test_worker_environment_pins_threads_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     variables = worker_environment(Share(0.5, 0), {"VLLM_LOGGING_LEVEL": "WARNING"})
     assert variables["OMP_NUM_THREADS"] == "1"
     assert variables["CUDA_VISIBLE_DEVICES"] == ""
     assert variables["HF_HUB_OFFLINE"] == "1"
     assert variables["VLLM_LOGGING_LEVEL"] == "WARNING"
     assert "HF_TOKEN" not in variables
+    assert variables["OMP_WAIT_POLICY"] == "passive"
+    assert variables["MALLOC_TRIM_THRESHOLD_"] == "5"
     on_gpu = worker_environment(Share(4.5, 1), {})
     assert on_gpu["OMP_NUM_THREADS"] == "4"
     assert "CUDA_VISIBLE_DEVICES" not in on_gpu

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_ray.config.schema import NewModel
 from rlhf_ray.errors import ConfigError
@@ -174,7 +174,7 @@ def test_hub_errors_become_plain_words(monkeypatch: pytest.MonkeyPatch, cause: E
         raise OSError("many lines of advice") from cause
 
     monkeypatch.setattr(loading, "_hub_answers", lambda: True)
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ConfigError, match=words):
         load_config("someone/some-model", "main2")
 

@@ -28,7 +28,7 @@ from tests.test_readme import commands
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 900
-SHORTER = ("sft.steps=180", "reward_model.steps=40", "ppo.iterations=8")
+SHORTER = ("sft.steps=180", "reward_model.steps=60", "ppo.iterations=8")
 
 
 @dataclass(frozen=True)

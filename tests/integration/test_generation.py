@@ -144,7 +144,7 @@ def test_engine_agrees_with_transformers(name: str, models: dict[str, str], star
 
 def test_responses_end_where_they_should(models: dict[str, str], start: Start) -> None:
     model = models["llama of many ends"]
-    generator, prompts = start(model, max_model_len=100), make_prompts(model)
+    generator, prompts = start(model), make_prompts(model)
 
     def sample(**settings: Any) -> Rollouts:
         sampling = schema.Sampling(max_new_tokens=8, samples_per_prompt=8, **settings)
@@ -168,10 +168,6 @@ def test_responses_end_where_they_should(models: dict[str, str], start: Start) -
     kept = responses(stopped)[row]
     assert kept == responses(free)[row][: len(kept)], "the tokens of the stop string are kept"
     assert stop in load_tokenizer(model).decode(kept)
-
-    long = Prompts(token_ids=[[1] * 93], texts=[""], answers=[None], ids=[41], repeats=[0])
-    with pytest.raises(ConfigError, match=r"prompt 41 has 93 tokens; wanted 1 to 92"):
-        generator.split(Generator.generate, long, schema.Sampling(max_new_tokens=8), iteration=1).result()
 
 
 def test_more_prompts_than_one_step_of_the_engine_takes(models: dict[str, str], start: Start) -> None:

@@ -85,7 +85,6 @@ class BareTraining:
 
     def _fastest(self, work: Callable[[], float]) -> float:
         if work not in self._at_once:
-            work()
             speeds = {}
             for self._at_once[work] in _AT_ONCE:
                 speeds[self._at_once[work]] = cost(work).per_cpu_second

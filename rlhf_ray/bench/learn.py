@@ -60,7 +60,8 @@ def measure(settings: Settings) -> list[Figure]:
     figures = []
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     for dtype in dtypes:
-        for name, learning in LEARNING.items():
+        for name in ("policy",) if settings.quick else LEARNING:
+            learning = LEARNING[name]
             settings.say(f"{name}, {dtype}")
             bare = BareTraining(model, dtype, network=learning.floor)
             learner = learner_of(model, dtype, name)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from rlhf_ray.bench import end_to_end, workload
 from rlhf_ray.bench.figures import Figure, Settings, from_pairs
@@ -17,7 +16,7 @@ from rlhf_ray.bench.ppo import save_reward_model, stage
 
 _SAMPLES = 32
 _WARM_UP = 2
-_TOKENS = "policy/tokens"
+_LENGTH = "response/length_mean"
 
 
 class Neighbour:
@@ -46,7 +45,7 @@ def neighbour() -> Iterator[Neighbour]:
 
 
 def measure(settings: Settings) -> list[Figure]:
-    """Tokens per second beside the busy process and alone; with two cores a fair share is half or more."""
+    """Response tokens per second beside the busy process and alone; with two cores a fair share is half or more."""
     model = workload.save_model(settings.folder / "model")
     save_reward_model(model, settings.folder / "reward_model")
     steps = _WARM_UP + 2 * settings.repeats + 1
@@ -54,12 +53,12 @@ def measure(settings: Settings) -> list[Figure]:
     work = {**stage(settings, model, samples=_SAMPLES), "iterations": steps}
     settings.say(f"PPO, {steps} iterations, every other one beside a busy process")
     with neighbour() as beside:
-        course = end_to_end.run(work, Path(settings.folder / "run"), look=beside.look)
+        course = end_to_end.run(work, settings.folder / "run", look=beside.look)
     speeds: dict[bool, list[float]] = {True: [], False: []}
     moments = [ended for ended, _ in course.ends]
     for index, (before, after) in enumerate(itertools.pairwise(moments), start=1):
         if _WARM_UP <= index < len(moments) - 1:
-            speed = float(course.rows[index][_TOKENS]) / (after - before)
+            speed = _SAMPLES * float(course.rows[index][_LENGTH]) / (after - before)
             speeds[bool(course.looks[index]["busy"])].append(speed)
     pairs = list(zip(speeds[True], speeds[False], strict=True))
-    return [from_pairs("contention/busy_neighbour", pairs, unit="tokens per second", at_least=0.45)]
+    return [from_pairs("contention/busy_neighbour", pairs, unit="response tokens per second", at_least=0.45)]

@@ -26,6 +26,7 @@ from rlhf_ray.distributed.transports import (
     choose_kind,
     digest,
     open_store,
+    position_sums,
     send_buckets,
     sender_address,
     this_endpoint,
@@ -136,6 +137,30 @@ def test_one_sender_and_receiver_serve_many_transfers(kind: str) -> None:
     assert len({entry.digests["embedding"] for entry in sent}) == 3
     for out, back in zip(sent, received, strict=True):
         check_same(out, back, who="generator 0")
+
+
+def test_a_receiver_follows_its_sender_to_new_shared_memory() -> None:
+    # The learner's sender served others meanwhile, and began a new segment; the receiver still maps the old one.
+    ours, others = make_spec(), make_spec()
+    receiver, sender = None, None
+    for number, spec in enumerate((ours, others, ours)):
+        session = TransportSpec(**spec.as_dict() | {"session": number})
+        receiver = Receiver.renewed(receiver, session, 0) if spec is ours else receiver
+        present = receiver if spec is ours else Receiver(session, 0)
+        assert present is not None
+        sender = Sender.renewed(sender, session)
+        with ThreadPoolExecutor() as pool:
+            arrival = pool.submit(lambda end=present, version=number: dict(end.tensors(version)))
+            send_buckets(sender, number, buckets_of(weights(number)))
+            assert torch.equal(arrival.result()["embedding"], weights(number)["embedding"])
+
+
+def test_tensors_larger_than_a_slot_go_around_the_ring() -> None:
+    tensors = {"long": torch.arange(5000), "short": torch.arange(3), "longer": torch.arange(9000).flip(0)}
+    sent, [(arrived, received)] = transfer(make_spec(bucket_bytes=1 << 10), tensors)
+    assert all(torch.equal(arrived[name], tensor) for name, tensor in tensors.items())
+    check_same(sent, received, who="generator 0")
+    assert sent.buckets == -(-(5000 * 8 + 64 + 9000 * 8) // 1024)
 
 
 def test_shared_memory_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -374,11 +399,20 @@ def test_digest_of_odd_sizes() -> None:
     assert digest(torch.tensor([1, 2, 3], dtype=torch.uint8)) != digest(torch.tensor([3, 2, 1], dtype=torch.uint8))
 
 
-def test_digest_sees_rows_exchanged_across_chunks() -> None:
-    words = torch.arange(200_000, dtype=torch.int64)
-    other = words.clone()
-    other[[5, 5 + 256 * 400]] = other[[5 + 256 * 400, 5]]
-    assert digest(words) != digest(other)
+def test_sums_of_a_gpus_digest_see_every_byte_and_place() -> None:
+    words = torch.arange(2000, dtype=torch.int64)
+    data = words.view(torch.uint8)
+    found = [position_sums(data[:-3])]
+    for byte in range(0, data.numel(), 7):
+        other = data.clone()
+        other[byte] += 1
+        found.append(position_sums(other))
+    for left, right in [(0, 1), (5, 5 + 256 * 4), (255, 256), (1, 1999)]:
+        exchanged = words.clone()
+        exchanged[[left, right]] = exchanged[[right, left]]
+        found.append(position_sums(exchanged.view(torch.uint8)))
+    assert position_sums(data) not in found
+    assert position_sums(data[3:]) == position_sums(data[3:].clone())
 
 
 def test_ranks_without_a_sender_only_iterate() -> None:

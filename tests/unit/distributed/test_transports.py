@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def test_a_failing_sender_stops_the_receivers_within_a_second(kind: str) -> None
 
 def test_a_missing_receiver_is_named_after_the_deadline() -> None:
     spec = make_spec(receivers=2, timeout_s=0.6)
-    Receiver(spec, 0)._tell("sender", {"rank": 0})
+    Receiver(replace(spec, timeout_s=20.0), 0)._tell("sender", {"rank": 0})
     message, seconds = fail_time(lambda: Sender(spec).begin(1))
     assert message == "weight transfer: waited 0.6 s for the receivers to come; 1 of 2 are missing"
     assert seconds < 2.0

@@ -201,8 +201,9 @@ def test_a_failing_receiver_stops_the_sender_within_a_second() -> None:
             drained.append(bucket)
             yield [(f"tensor{bucket}", torch.zeros(2000))]
 
+    receiver = Receiver(spec, 0)
+
     def receive() -> None:
-        receiver = Receiver(spec, 0)
         stream = receiver.tensors(1)
         next(stream)
         receiver.fail("generator 0: out of memory")
@@ -225,9 +226,9 @@ def test_a_failing_sender_stops_the_receivers_within_a_second(kind: str) -> None
         raise RuntimeError("gathering failed")
 
     with ThreadPoolExecutor() as pool:
-        arrivals = [
-            pool.submit(lambda rank=rank: fail_time(lambda: dict(Receiver(spec, rank).tensors(1)))) for rank in (0, 1)
-        ]
+        # torch takes five seconds to join about every tenth store of one process.
+        receivers = [Receiver(spec, rank) for rank in (0, 1)]
+        arrivals = [pool.submit(fail_time, lambda own=own: dict(own.tensors(1))) for own in receivers]
         with pytest.raises(RuntimeError, match="gathering failed"):
             send_buckets(Sender(spec), 1, stream())
         for arrival in arrivals:

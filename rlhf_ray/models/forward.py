@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from rlhf_ray.data.batches import Sequences
 from rlhf_ray.data.packing import pack, plan_micro_batches
 from rlhf_ray.models.heads import NetworkOutput
 from rlhf_ray.shapes import SequenceFloat, TokenFloat, TokenMask
-
-if TYPE_CHECKING:
-    pass
 
 Layout: TypeAlias = Literal["packed", "padded"]
 RunNetwork: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Entropy], NetworkOutput]

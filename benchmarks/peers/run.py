@@ -101,6 +101,8 @@ GROUPS = (
         steps=2,
         peers=(
             Peer("trl_padded", "trl_sft", both(4), "padded"),
+            Peer("trl_padded_8", "trl_sft", both(8), "padded"),
+            Peer("trl_padded_32", "trl_sft", both(32), "padded"),
             Peer("trl_grouped", "trl_sft", both(4), "grouped"),
             Peer("trl_packed", "trl_sft", both(1), "packed"),
         ),
@@ -108,6 +110,8 @@ GROUPS = (
             ("sft", "trl_padded", both(1.9)),
             ("sft", "trl_packed", both(1.15)),
             ("sft", "trl_grouped", {}),
+            ("sft", "trl_padded_8", {}),
+            ("sft", "trl_padded_32", {}),
         ),
     ),
     Group(

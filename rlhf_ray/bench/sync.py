@@ -161,9 +161,14 @@ def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
 
 
 def _transport(site: _Site, size: Size, repeats: int) -> list[Figure]:
-    port = site.policy.first(TimedLearner.open_store, _DEADLINE_S).result()
-    bucket_bytes = schema.Placement().bucket_mib << 20
-    spec = TransportSpec("shared_memory", "127.0.0.1", port, receivers=1, bucket_bytes=bucket_bytes)
+    spec = TransportSpec(
+        "shared_memory",
+        "127.0.0.1",
+        site.policy.first(TimedLearner.open_store, _DEADLINE_S).result(),
+        receivers=1,
+        bucket_bytes=schema.Placement().bucket_mib << 20,
+        expected_bytes=site.policy.first(TimedLearner.model_bytes).result(),
+    )
     pairs, with_calls = [], []
     for repeat in range(-1, repeats):
         memcpy_s = site.policy.first(TimedLearner.memcpy_seconds).result()

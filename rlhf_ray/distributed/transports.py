@@ -13,7 +13,6 @@ TransportSpec, and a side that fails tells the other why.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import socket
@@ -35,6 +34,11 @@ from rlhf_ray.distributed.wires import TransportKind, Wire, attach_wire, make_wi
 from rlhf_ray.errors import WeightSyncError
 
 _ALIGN = 64
+# Kinds whose ends meet in a process group, and those whose buffers are on GPUs.
+_MEETING = ("gloo", "nccl")
+_ON_GPU = ("nccl", "cuda_ipc")
+# Bytes that stay in a core's own cache between two readings.
+_CACHED = 1 << 20
 _ROW_WORDS = 256
 
 
@@ -49,6 +53,7 @@ class TransportSpec:
         receivers: number of receivers, counting each tensor-parallel worker of a generator.
         timeout_s: deadline of every wait.
         bucket_bytes: size of one bucket; tensors larger than it travel in pieces.
+        expected_bytes: bytes of all weights, if known: shared memory then holds them at once where there is room.
         session: number of this transfer; a new number for each, so that no key of an earlier one is read.
     """
 
@@ -58,6 +63,7 @@ class TransportSpec:
     receivers: int
     timeout_s: float = 300.0
     bucket_bytes: int = 64 << 20
+    expected_bytes: int = 0
     session: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -91,7 +97,7 @@ class SentWeights:
         digests: of each tensor by name.
         nbytes: bytes of all tensors.
         buckets: number of buckets that carried them.
-        seconds: from the moment when all receivers were there until they had taken the last tensor.
+        seconds: from the first tensor until all receivers had taken the last one.
     """
 
     version: int
@@ -117,9 +123,33 @@ def digest(tensor: Tensor) -> int:
     rows and columns of the tensor's words, weighted by position: exact, whatever the order of summation.
     """
     data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-    sums = position_sums(data) if data.is_cuda else [xxhash.xxh3_64_intdigest(data.numpy().data)]
-    text = json.dumps([*sums, list(tensor.shape), _dtype_name(tensor.dtype)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return _digest_of(position_sums(data) if data.is_cuda else [xxhash.xxh3_64_intdigest(data.numpy().data)], tensor)
+
+
+def _digest_of(sums: list[int], tensor: Tensor) -> int:
+    return xxhash.xxh3_64_intdigest(f"{sums} {tuple(tensor.shape)} {tensor.dtype}".encode())
+
+
+class _CopyDigest:
+    """Copies flat bytes piece by piece and digests them on the way, so that a CPU reads its memory once."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self._flat = flat
+        self._sums = None if flat.is_cuda else xxhash.xxh3_64()
+
+    def copy(self, target: Tensor, start: int) -> None:
+        """Fills the target with the bytes from `start` on; they follow those of the call before."""
+        if self._sums is None:
+            target.copy_(self._flat[start : start + target.numel()])
+            return
+        for at in range(0, target.numel(), _CACHED):
+            part = self._flat[start + at : start + min(at + _CACHED, target.numel())]
+            self._sums.update(part.numpy().data)
+            target[at : at + _CACHED].copy_(part)
+
+    def digest(self, tensor: Tensor) -> int:
+        """`digest` of the tensor that the bytes are of."""
+        return digest(tensor) if self._sums is None else _digest_of([self._sums.intdigest()], tensor)
 
 
 def position_sums(data: Tensor) -> list[int]:
@@ -209,11 +239,11 @@ class _Outgoing:
     def put(self, name: str, tensor: Tensor) -> None:
         # Both sides digest on the wire's device.
         tensor = tensor.detach().to(self._sender.device)
-        self.digests[name] = digest(tensor)
         if self._action in ("drop_tensor", "swap_tensors", "corrupt") and not self._spoiled:
+            self.digests[name] = digest(tensor)
             self._spoil(name, tensor)
         else:
-            self._sender.add(name, tensor)
+            self.digests[name] = self._sender.add(name, tensor)
 
     def _spoil(self, name: str, tensor: Tensor) -> None:
         if self._action == "drop_tensor":
@@ -334,7 +364,7 @@ class Sender(_Side):
         return cls(spec)
 
     def begin(self, version: int) -> None:
-        """Starts a transfer; waits until all receivers are there.
+        """Starts a transfer. Where the ends do not meet first, what there is room for is packed before receivers come.
 
         Raises:
             WeightSyncError: a receiver did not come in time.
@@ -342,18 +372,17 @@ class Sender(_Side):
         self.nbytes, self._version, self._bucket, self._filled, self._count = 0, version, 0, 0, 0
         self._pieces, self._slot = [], None
         self._taken = {}
-        while len(self._taken) < self.spec.receivers:
-            absent = self.spec.receivers - len(self._taken)
-            what = f"the receivers to come; {absent} of {self.spec.receivers} are missing"
-            message = self._hear("sender", what)
-            self._taken[message["rank"]] = 0
-        self._tell_all({"start": True})
+        if self.spec.kind in _MEETING:
+            self._await_receivers()
         if self._wire is None:
+            if self.spec.kind in _MEETING:
+                self._tell_all({"start": True})
             self._wire = _make_wire(self.spec, self._store, rank=0)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Copies one tensor into the stream; it may change as soon as this returns."""
+    def add(self, name: str, tensor: Tensor) -> int:
+        """Copies one tensor into the stream, and gives its digest; it may change as soon as this returns."""
         flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+        copied = _CopyDigest(flat)
         common = {"name": name, "dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape), "total": flat.numel()}
         start = 0
         while True:
@@ -361,7 +390,7 @@ class Sender(_Side):
             length = min(flat.numel() - start, slot.numel() - self._filled)
             assert self._wire is not None
             self._wire.reserve(self._bucket, self._filled, length)
-            slot[self._filled : self._filled + length].copy_(flat[start : start + length])
+            copied.copy(slot[self._filled : self._filled + length], start)
             self._pieces.append({**common, "start": start, "at": self._filled, "length": length})
             self._filled += -(-length // _ALIGN) * _ALIGN
             start += length
@@ -371,13 +400,12 @@ class Sender(_Side):
                 break
         self.nbytes += flat.numel()
         self._count += 1
+        return copied.digest(tensor)
 
     def finish(self) -> None:
         """Sends what is left, and waits until every receiver has taken all of it."""
-        self._flush()
-        end = {"version": self._version, "end": True, "tensors": self._count, "bytes": self.nbytes}
-        self._tell_all(end)
-        self._await_taken(self._bucket)
+        self._flush(tensors=self._count)
+        self._await_taken(self._bucket - 1)
         assert self._wire is not None
         self._wire.settle()
 
@@ -390,7 +418,7 @@ class Sender(_Side):
     @property
     def device(self) -> str:
         """Type of the device that tensors travel from."""
-        return "cuda" if self.spec.kind in ("nccl", "cuda_ipc") else "cpu"
+        return "cuda" if self.spec.kind in _ON_GPU else "cpu"
 
     @property
     def buckets(self) -> int:
@@ -404,28 +432,40 @@ class Sender(_Side):
         for rank in self._others():
             self._tell(rank, message)
 
+    def _await_receivers(self) -> None:
+        while absent := self.spec.receivers - len(self._taken):
+            self._note_progress(f"the receivers to come; {absent} of {self.spec.receivers} are missing")
+
     def _await_taken(self, bucket: int) -> None:
+        if bucket < 0:
+            return
+        self._await_receivers()
         while min(self._taken.values()) <= bucket:
-            message = self._hear("sender", f"bucket {bucket} to be taken")
-            self._taken[message["rank"]] += 1
+            self._note_progress(f"bucket {bucket} to be taken")
+
+    def _note_progress(self, what: str) -> None:
+        """Hears of one receiver that it came, or how many buckets it took."""
+        message = self._hear("sender", what)
+        self._taken[message["rank"]] = message["taken"]
 
     def _open_slot(self) -> Tensor:
         if self._slot is None:
             assert self._wire is not None, "begin() comes first"
+            slot = self._wire.slot(self._bucket)
             self._await_taken(self._bucket - self._wire.slots)
-            self._slot = self._wire.slot(self._bucket)
+            self._slot = slot
         return self._slot
 
-    def _flush(self) -> None:
-        if not self._pieces:
-            return
+    def _flush(self, *, tensors: int | None = None) -> None:
+        """Lets the open bucket go; the last one says how many tensors were sent, and may be empty."""
+        slot = self._open_slot()
         assert self._wire is not None
-        assert self._slot is not None
         layout = {
             "version": self._version,
             "pieces": self._pieces,
-            "bytes": min(self._filled, self._slot.numel()),
+            "bytes": min(self._filled, slot.numel()),
             "wire": self._wire.description(),
+            "tensors": tensors,
         }
         self._wire.before_publish()
         self._tell_all(layout)
@@ -436,7 +476,7 @@ class Sender(_Side):
 
 
 class Receiver(_Side):
-    """A generator's end: gives the tensors in the order in which they were sent, as copies of its own.
+    """A generator's end: gives the tensors in the order in which they were sent.
 
     Args:
         rank: number of this receiver, 0 to spec.receivers - 1.
@@ -476,60 +516,76 @@ class Receiver(_Side):
         return cls(spec, rank)
 
     def tensors(self, version: int) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the transfer, on the wire's device, digested on arrival.
+        """Every tensor of the transfer, on the wire's device, digested on arrival; valid until the next transfer.
+
+        The sender may begin at once; the tensors come one by one.
 
         Raises:
             WeightSyncError: another version arrives, the sender failed, or a deadline passed.
         """
         self._version, self._digests, self._nbytes = -1, {}, 0
-        self._tell("sender", {"rank": self.rank})
-        self._hear(self.rank, "the sender to come")
-        if self._wire is None and self.spec.kind in ("gloo", "nccl"):
+        self._tell("sender", {"rank": self.rank, "taken": 0})
+        return self._arriving(version)
+
+    def _arriving(self, version: int) -> Iterator[tuple[str, Tensor]]:
+        if self._wire is None and self.spec.kind in _MEETING:
+            self._hear(self.rank, "the sender to come")
             self._wire = _make_wire(self.spec, self._store, rank=self.rank + 1)
-        unfinished: dict[str, tuple[Tensor, int]] = {}
-        bucket = 0
-        while True:
+        unfinished: dict[str, _Arriving] = {}
+        bucket, count = 0, None
+        while count is None:
             layout = self._hear(self.rank, f"bucket {bucket}")
             check_version(layout["version"], version)
-            if layout.get("end"):
-                break
-            complete = list(self._take(bucket, layout, unfinished))
-            self._tell("sender", {"rank": self.rank})
+            count = layout["tensors"]
+            wire = self._fetched_from(bucket, layout)
+            complete = list(self._complete(wire, bucket, layout, unfinished))
+            bucket += 1
+            if not wire.whole:
+                self._tell("sender", {"rank": self.rank, "taken": bucket})
             for name, tensor in complete:
                 self._digests[name] = digest(tensor)
                 self._nbytes += tensor.numel() * tensor.element_size()
                 yield name, tensor
-            bucket += 1
         self._version = version
-        self._tell("sender", {"rank": self.rank})
-        if unfinished or len(self._digests) != layout["tensors"]:
+        if wire.whole:
+            self._tell("sender", {"rank": self.rank, "taken": bucket})
+        if unfinished or len(self._digests) != count:
             raise WeightSyncError(
-                f"weight transfer: {layout['tensors']} tensors were sent, {len(self._digests)} arrived, "
+                f"weight transfer: {count} tensors were sent, {len(self._digests)} arrived, "
                 f"{len(unfinished)} of them in part"
             )
 
-    def _take(
-        self, bucket: int, layout: dict[str, Any], unfinished: dict[str, tuple[Tensor, int]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        # The engine keeps references until a layer is complete, and the sender writes over the bucket: so copy.
-        with self._in_words(f"receiving bucket {bucket}"):
-            if layout["wire"] != self._attached:
-                self.close()
+    def _fetched_from(self, bucket: int, layout: dict[str, Any]) -> Wire:
+        """The wire, attached to where the sender says it is."""
+        if layout["wire"] != self._attached:
+            self.close()
+            with self._in_words(f"receiving bucket {bucket}"):
                 self._wire = attach_wire(self.spec.kind, layout["wire"], receiver=self.rank)
-                self._attached = layout["wire"]
-            assert self._wire is not None
-            source = self._wire.fetch(bucket, layout["bytes"])
+            self._attached = layout["wire"]
+        assert self._wire is not None
+        return self._wire
+
+    def _complete(
+        self, wire: Wire, bucket: int, layout: dict[str, Any], unfinished: dict[str, _Arriving]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that end in this bucket: where they lie if the wire keeps them, else copies."""
+        with self._in_words(f"receiving bucket {bucket}"):
+            source = wire.fetch(bucket, layout["bytes"])
         for piece in layout["pieces"]:
-            name, total = piece["name"], piece["total"]
-            if name not in unfinished:
-                unfinished[name] = (torch.empty(total, dtype=torch.uint8, device=source.device), 0)
-            flat, have = unfinished.pop(name)
-            end = piece["start"] + piece["length"]
-            flat[piece["start"] : end].copy_(source[piece["at"] : piece["at"] + piece["length"]])
-            have += piece["length"]
-            if have < total:
-                unfinished[name] = (flat, have)
-            else:
+            name, total, at, length = (piece[key] for key in ("name", "total", "at", "length"))
+            if piece["start"] == 0:
+                room = None if wire.whole else torch.empty(total, dtype=torch.uint8, device=source.device)
+                unfinished[name] = _Arriving(bucket, at, room)
+            tensor = unfinished[name]
+            if tensor.room is not None:
+                # The engine keeps references until a layer is complete, and the sender writes over the bucket.
+                tensor.room[piece["start"] : piece["start"] + length].copy_(source[at : at + length])
+            tensor.have += length
+            if tensor.have == total:
+                del unfinished[name]
+                flat = tensor.room
+                if flat is None:
+                    flat = wire.fetch(tensor.bucket, tensor.at + total)[tensor.at :]
                 yield name, flat.view(getattr(torch, piece["dtype"])).view(piece["shape"])
         if source.is_cuda:
             torch.cuda.current_stream().synchronize()
@@ -549,6 +605,16 @@ class Receiver(_Side):
             self._wire = self._attached = None
 
 
+@dataclass
+class _Arriving:
+    """A tensor of which pieces are here: where it begins, the bytes so far, and its own memory if it needs any."""
+
+    bucket: int
+    at: int
+    room: Tensor | None
+    have: int = 0
+
+
 class Inbox:
     """Takes one transfer after the other; after a failed one the next starts afresh."""
 
@@ -558,14 +624,14 @@ class Inbox:
     def take(
         self, spec: TransportSpec, version: int, *, rank: int, load: Callable[[Iterator[tuple[str, Tensor]]], None]
     ) -> ReceivedWeights:
-        """Hands the arriving tensors to `load`; those that it leaves are thrown away.
+        """Hands the arriving tensors to `load`, which may not keep them; those that it leaves are thrown away.
 
         Raises:
             WeightSyncError: another version arrives, the sender fails, or a deadline passes.
         """
         self._receiver = Receiver.renewed(self._receiver, spec, rank)
-        arriving = self._receiver.tensors(version)
         try:
+            arriving = self._receiver.tensors(version)
             load(arriving)
             for _ in arriving:
                 pass
@@ -671,6 +737,7 @@ def _make_wire(spec: TransportSpec, store: Store, *, rank: int) -> Wire:
         rank=rank,
         receivers=spec.receivers,
         bucket_bytes=spec.bucket_bytes,
+        expected_bytes=spec.expected_bytes,
         timeout_s=spec.timeout_s,
     )
 

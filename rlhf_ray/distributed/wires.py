@@ -24,9 +24,14 @@ TransportKind: TypeAlias = Literal["shared_memory", "gloo", "nccl", "cuda_ipc"]
 
 
 class Wire(ABC):
-    """Moves a bucket's bytes; `slots` buckets can be under way at once."""
+    """Moves a bucket's bytes; `slots` buckets can be under way at once.
+
+    Where `whole` is true a transfer never comes back to a slot, and its buckets lie end to end: a receiver reads
+    tensors where they lie until it has taken the last one.
+    """
 
     slots: int
+    whole = False
 
     @abstractmethod
     def slot(self, bucket: int) -> Tensor:
@@ -48,7 +53,7 @@ class Wire(ABC):
 
     @abstractmethod
     def fetch(self, bucket: int, nbytes: int) -> Tensor:
-        """The receiver's view of a bucket, uint8, valid until it says `taken`."""
+        """The receiver's view of a bucket, uint8, valid until it says `taken`; if `whole`, it may reach further."""
 
     def settle(self) -> None:  # noqa: B027
         """Every receiver is attached and has taken everything."""
@@ -60,31 +65,46 @@ class Wire(ABC):
 
 # Large enough that a slot's messages cost nothing beside its bytes, small enough that both sides work at the same time.
 _SLOT_BYTES = 8 << 20
+_RING = 4
+_SLOTS = 8
+# All weights lie in memory at once where they take no more than this share of what is free there.
+_SHARE = 0.25
 
 
 class SharedPages(Wire):
-    """A ring of small slots in one file in memory, mapped by the sender and by every receiver of the node."""
+    """Slots in one file in memory, mapped by the sender and by every receiver of the node.
 
-    slots = 4
+    Slots for all weights where there is room, so that the engines of a node load from the same pages; else a ring of
+    four, out of which every receiver copies.
+    """
 
-    def __init__(self, path: str, descriptor: int, slot_bytes: int) -> None:
+    def __init__(self, path: str, descriptor: int, *, slots: int, slot_bytes: int, whole: bool) -> None:
         self.path = path
+        self.slots = slots
+        self.whole = whole
         self._slot_bytes = slot_bytes
-        self._descriptor = descriptor
-        self._reserved = [0] * self.slots
-        self._pages: mmap.mmap | None = mmap.mmap(descriptor, self.slots * slot_bytes)
-        self._flat = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self._descriptor: int | None = descriptor
+        self._reserved = [0] * slots
+        self._flat = torch.frombuffer(mmap.mmap(descriptor, slots * slot_bytes), dtype=torch.uint8)
 
     @classmethod
-    def create(cls, bucket_bytes: int) -> Self:
-        """A new segment of slots that are no larger than a bucket; segments whose owner is dead are removed first."""
-        slot_bytes = min(bucket_bytes, _SLOT_BYTES)
-        folder = _shared_folder(cls.slots * slot_bytes)
+    def create(cls, bucket_bytes: int, expected_bytes: int = 0) -> Self:
+        """A new segment; segments whose owner is dead are removed first.
+
+        Args:
+            bucket_bytes: a slot is no larger.
+            expected_bytes: bytes of all weights; 0 if unknown.
+        """
+        slot_bytes = min(bucket_bytes, max(_SLOT_BYTES, expected_bytes // _SLOTS))
+        folder = _shared_folder(_RING * slot_bytes)
         _remove_stale(folder)
         descriptor, path = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, cls.slots * slot_bytes)
-        return cls(path, descriptor, slot_bytes)
+        whole = 0 < expected_bytes <= _room(folder) * _SHARE
+        # Tensors begin at round addresses, so they take a little more; what is not written to takes no memory.
+        slots = 2 * -(-expected_bytes // slot_bytes) if whole else _RING
+        os.ftruncate(descriptor, slots * slot_bytes)
+        return cls(path, descriptor, slots=slots, slot_bytes=slot_bytes, whole=whole)
 
     @classmethod
     def attach(cls, description: dict[str, Any]) -> Self:
@@ -96,9 +116,14 @@ class SharedPages(Wire):
                 f"weight transfer: shared memory {path} is gone; a receiver on another node needs gloo, "
                 "a restarted one a new transport"
             ) from error
-        return cls(path, descriptor, description["slot_bytes"])
+        sizes = {name: description[name] for name in ("slots", "slot_bytes", "whole")}
+        return cls(path, descriptor, **sizes)
 
     def slot(self, bucket: int) -> Tensor:
+        if self.whole and bucket >= self.slots:
+            raise WeightSyncError(
+                f"weight transfer: more than the {self.slots * self._slot_bytes} bytes that were announced for it"
+            )
         start = bucket % self.slots * self._slot_bytes
         return self._flat[start : start + self._slot_bytes]
 
@@ -108,6 +133,7 @@ class SharedPages(Wire):
         missing = start + length - self._reserved[slot]
         if missing <= 0:
             return
+        assert self._descriptor is not None, "the segment is closed"
         try:
             os.posix_fallocate(self._descriptor, slot * self._slot_bytes + self._reserved[slot], missing)
         except OSError as error:
@@ -118,13 +144,14 @@ class SharedPages(Wire):
         self._reserved[slot] += missing
 
     def description(self) -> dict[str, Any]:
-        return {"path": self.path, "slot_bytes": self._slot_bytes}
+        return {"path": self.path, "slots": self.slots, "slot_bytes": self._slot_bytes, "whole": self.whole}
 
     def publish(self, bucket: int, nbytes: int) -> None:
         pass
 
     def fetch(self, bucket: int, nbytes: int) -> Tensor:
-        return self.slot(bucket)[:nbytes]
+        start = bucket % self.slots * self._slot_bytes
+        return self._flat[start : start + nbytes]
 
     def settle(self) -> None:
         # All have mapped it: without its name nothing is left behind, however the processes end.
@@ -132,14 +159,13 @@ class SharedPages(Wire):
             os.unlink(self.path)
 
     def close(self) -> None:
-        if self._pages is None:
+        if self._descriptor is None:
             return
         self.settle()
+        # The pages go with the last tensor that lies in them; torch does not keep a mapping from being closed.
         self._flat = torch.empty(0, dtype=torch.uint8)
-        with contextlib.suppress(BufferError):
-            self._pages.close()
-        self._pages = None
         os.close(self._descriptor)
+        self._descriptor = None
 
 
 _PREFIX = "rlhf_ray-weights-"
@@ -147,11 +173,16 @@ _PREFIX = "rlhf_ray-weights-"
 
 def _shared_folder(needed: int) -> str:
     for folder in ("/dev/shm", tempfile.gettempdir()):
-        with contextlib.suppress(OSError):
-            room = os.statvfs(folder)
-            if os.access(folder, os.W_OK) and room.f_bavail * room.f_frsize > needed:
-                return folder
+        if os.access(folder, os.W_OK) and _room(folder) > needed:
+            return folder
     return tempfile.gettempdir()
+
+
+def _room(folder: str) -> int:
+    with contextlib.suppress(OSError):
+        free = os.statvfs(folder)
+        return free.f_bavail * free.f_frsize
+    return 0
 
 
 def _remove_stale(folder: str) -> None:
@@ -267,12 +298,19 @@ class Broadcast(Wire):
 
 
 def make_wire(
-    kind: TransportKind, store: Store, *, rank: int, receivers: int, bucket_bytes: int, timeout_s: float
+    kind: TransportKind,
+    store: Store,
+    *,
+    rank: int,
+    receivers: int,
+    bucket_bytes: int,
+    expected_bytes: int,
+    timeout_s: float,
 ) -> Wire:
     """The sender's end (rank 0), or for gloo and nccl a receiver's (rank 1 and up), which all meet in the store."""
     match kind:
         case "shared_memory":
-            return SharedPages.create(bucket_bytes)
+            return SharedPages.create(bucket_bytes, expected_bytes)
         case "cuda_ipc":
             return CudaPages.create(bucket_bytes, receivers=receivers)
         case _:

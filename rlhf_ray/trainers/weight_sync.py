@@ -159,6 +159,7 @@ class WeightSync:
             receivers=sum(endpoint.receivers for endpoint in receivers),
             timeout_s=self._settings.sync_timeout_s,
             bucket_bytes=self._settings.bucket_mib << 20,
+            expected_bytes=self._model_bytes,
         )
 
     def _attest(self, version: int) -> tuple[float, float]:

@@ -77,11 +77,11 @@ def transfer(
         return sent, [arrival.result() for arrival in arrivals]
 
 
-@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+@pytest.mark.parametrize(("kind", "expected"), [("shared_memory", 0), ("shared_memory", 25_000), ("gloo", 0)])
 @pytest.mark.parametrize("receivers", [1, 2])
-def test_every_tensor_arrives_as_it_was_sent(kind: str, receivers: int) -> None:
+def test_every_tensor_arrives_as_it_was_sent(kind: str, expected: int, receivers: int) -> None:
     tensors = weights()
-    sent, arrivals = transfer(make_spec(kind, receivers), tensors)
+    sent, arrivals = transfer(make_spec(kind, receivers, expected_bytes=expected), tensors)
     assert sent.nbytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     for arrived, received in arrivals:
         assert list(arrived) == list(tensors)
@@ -164,6 +164,40 @@ def test_tensors_larger_than_a_slot_go_around_the_ring() -> None:
     assert sent.buckets == -(-(5000 * 8 + 64 + 9000 * 8) // 1024)
 
 
+def received_twice(spec: TransportSpec) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What arrived in each of two transfers, as it is now and as it was before the next transfer."""
+    found = []
+    receiver = Receiver(spec, 0)
+    sender = Sender(spec)
+    for number in range(2):
+        session = replace(spec, session=number)
+        receiver, sender = Receiver.renewed(receiver, session, 0), Sender.renewed(sender, session)
+        with ThreadPoolExecutor() as pool:
+            arrival = pool.submit(lambda end=receiver, version=number: dict(end.tensors(version)))
+            send_buckets(sender, number, buckets_of(weights(number)))
+            arrived = arrival.result()
+        assert all(torch.equal(arrived[name], tensor) for name, tensor in weights(number).items())
+        found.append((arrived, {name: tensor.clone() for name, tensor in arrived.items()}))
+    return found
+
+
+def test_expected_weights_are_read_where_they_lie() -> None:
+    # The second transfer writes into the memory that the first one's tensors are views of.
+    (first, _), (_, second) = received_twice(make_spec(bucket_bytes=1 << 10, expected_bytes=25_000))
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
+def test_weights_without_room_are_copied_out_of_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wires, "_room", lambda folder: 60_000)
+    (first, before), _ = received_twice(make_spec(bucket_bytes=1 << 10, expected_bytes=25_000))
+    assert all(torch.equal(first[name], tensor) for name, tensor in before.items())
+
+
+def test_more_weights_than_expected_are_an_error_and_overwrite_nothing() -> None:
+    with pytest.raises(WeightSyncError, match="more than the 2048 bytes that were announced"):
+        transfer(make_spec(bucket_bytes=1 << 10, expected_bytes=1 << 10), weights())
+
+
 def test_shared_memory_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(wires, "_shared_folder", lambda needed: str(tmp_path))
     orphan = tmp_path / "rlhf_ray-weights-dead"
@@ -237,10 +271,11 @@ def test_a_failing_sender_stops_the_receivers_within_a_second(kind: str) -> None
             assert seconds < 2.0
 
 
-def test_a_missing_receiver_is_named_after_the_deadline() -> None:
-    spec = make_spec(receivers=2, timeout_s=0.6)
-    Receiver(replace(spec, timeout_s=20.0), 0)._tell("sender", {"rank": 0})
-    message, seconds = fail_time(lambda: Sender(spec).begin(1))
+@pytest.mark.parametrize(("kind", "expected"), [("shared_memory", 0), ("shared_memory", 25_000), ("gloo", 0)])
+def test_a_missing_receiver_is_named_after_the_deadline(kind: str, expected: int) -> None:
+    spec = make_spec(kind, receivers=2, timeout_s=0.6, expected_bytes=expected)
+    Receiver(replace(spec, timeout_s=20.0), 0)._tell("sender", {"rank": 0, "taken": 0})
+    message, seconds = fail_time(lambda: send_buckets(Sender(spec), 1, buckets_of(weights())))
     assert message == "weight transfer: waited 0.6 s for the receivers to come; 1 of 2 are missing"
     assert seconds < 2.0
 

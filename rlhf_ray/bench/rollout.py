@@ -24,7 +24,7 @@ _BATCHES = {64: 0.92, 128: 0.95}
 _LONGEST = 128
 _PART = 16
 _SAMPLING = schema.Sampling(max_new_tokens=_LONGEST)
-_SHARED_PROMPT, _SIBLINGS, _SHARED_PROMPTS = 256, 8, 8
+_SHARED_PROMPT, _SIBLINGS, _SHARED_PROMPTS = 256, 8, (1, 8)
 _DEADLINE_S = 300.0
 
 
@@ -92,7 +92,7 @@ def measure(settings: Settings) -> list[Figure]:
                     found += _tokens(group, batch, dtype, repeats=settings.repeats)
                 if dtype == "float32":
                     settings.say("rollout, prefix cache")
-                    found.append(_prefix_cache(group, repeats=settings.repeats))
+                    found += [_prefix_cache(group, count, repeats=settings.repeats) for count in _SHARED_PROMPTS]
     return found
 
 
@@ -130,8 +130,9 @@ def _tokens(group: WorkerGroup[Contestants], batch: int, dtype: schema.DType, *,
     ]
 
 
-def _prefix_cache(group: WorkerGroup[Contestants], *, repeats: int) -> Figure:
-    shared = workload.prompts(_SHARED_PROMPTS, shortest=_SHARED_PROMPT, longest=_SHARED_PROMPT)
+def _prefix_cache(group: WorkerGroup[Contestants], count: int, *, repeats: int) -> Figure:
+    """Eight samples of each of `count` prompts, all at once."""
+    shared = workload.prompts(count, shortest=_SHARED_PROMPT, longest=_SHARED_PROMPT)
     prompts, sampling = _prompts(shared), _SAMPLING.model_copy(update={"samples_per_prompt": _SIBLINGS})
 
     def way(*, cached: bool) -> Callable[[], float]:
@@ -141,7 +142,7 @@ def _prefix_cache(group: WorkerGroup[Contestants], *, repeats: int) -> Figure:
 
     runs = _in_turn(group, {"on": way(cached=True), "off": way(cached=False)}, repeats)
     pairs = [(on.per_cpu_second, off.per_cpu_second) for on, off in zip(runs["on"], runs["off"], strict=True)]
-    return from_pairs("rollout/prefix_cache", pairs, unit="tokens/CPU-s", at_least=1.5)
+    return from_pairs(f"rollout/prefix_cache/{count}", pairs, unit="tokens/CPU-s", at_least=1.5)
 
 
 def _in_turn(

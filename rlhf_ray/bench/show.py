@@ -105,14 +105,14 @@ def _judged(figure: Figure | None) -> str:
     return f"{number(figure.value)} {short(figure.unit)}" if figure.ratio is None else f"{figure.ratio:.3f}"
 
 
-def markdown_table(figures: Sequence[Figure]) -> str:
-    """The figures as a Markdown table."""
-    lines = ["| figure | ours | floor | unit | ratio | bound |", "|---|---:|---:|---|---:|---:|"]
+def markdown_table(figures: Sequence[Figure], *, floor: str = "floor") -> str:
+    """The figures as a Markdown table; `floor` is the heading of what stands beside ours."""
+    lines = [f"| figure | ours | {floor} | unit | ratio | bound |", "|---|---:|---:|---|---:|---:|"]
     for figure in figures:
-        floor = "" if figure.floor is None else number(figure.floor)
+        beside = "" if figure.floor is None else number(figure.floor)
         ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
         held = f"**{bound(figure)} missed**" if figure.missed else bound(figure)
-        lines.append(f"| `{figure.name}` | {number(figure.value)} | {floor} | {figure.unit} | {ratio} | {held} |")
+        lines.append(f"| `{figure.name}` | {number(figure.value)} | {beside} | {figure.unit} | {ratio} | {held} |")
     return "\n".join(lines) + "\n"
 
 

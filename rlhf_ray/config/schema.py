@@ -902,7 +902,8 @@ class Placement(Section):
     """How weights travel from learner to generators; auto: shared_memory on one CPU node, gloo across nodes, cuda_ipc
     on one GPU, nccl across GPUs."""
     bucket_mib: Count = 64
-    """Size of the buckets that weights travel in."""
+    """Size of the buckets that weights travel in; shared memory holds all weights at once where four times as much is
+    free there."""
     start_timeout_s: Positive = 300.0
     """Deadline for reserving resources and starting workers."""
     call_timeout_s: Positive = 3600.0

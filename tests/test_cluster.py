@@ -450,7 +450,12 @@ def test_a_command_of_the_readme_is_one(line: str) -> None:
             assert (REPOSITORY / option(words, "config.file")).is_file()
             assert option(words, "web.listen-address").startswith("127.0.0.1:")
         case _:
-            assert line in ("export RAY_AUTH_MODE=token", "scancel --batch --signal=TERM 12345")
+            others = (
+                "export RAY_AUTH_MODE=token",
+                "chmod 600 $HOME/.ray/auth_token",
+                "scancel --batch --signal=TERM 12345",
+            )
+            assert line in others
 
 
 def test_the_readme_names_what_there_is() -> None:

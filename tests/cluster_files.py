@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import ray.dashboard.modules.metrics
+import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli as ray_cli
@@ -549,7 +549,7 @@ def is_metric(name: str) -> bool:
 @functools.cache
 def ray_metrics() -> set[str]:
     """The metrics in the queries of the dashboards that Ray ships."""
-    folder = Path(ray.dashboard.modules.metrics.__file__).parent / "dashboards"
+    folder = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
     return set(re.findall(r"\bray_[a-z0-9_]+", "".join(path.read_text() for path in folder.glob("*.py"))))
 
 

@@ -233,7 +233,7 @@ def stage(tmp_path: Path) -> dict[str, str]:
         'echo "$* RAY_ADDRESS=$RAY_ADDRESS" >> "$CALLS/rlhf-ray"\n'
         'if [ -n "${RAY_AUTH_TOKEN_PATH:-}" ]; then cp -p "$RAY_AUTH_TOKEN_PATH" "$CALLS/token"; fi\n'
         'if [ "$MODE" = wait ]; then\n'
-        "  trap 'echo saved > \"$CALLS/saved\"; exit 143' TERM\n"
+        "  trap 'echo saved > \"$CALLS/saved\"; exit ${STOPPED:-143}' TERM\n"
         '  echo ready > "$CALLS/ready"\n'
         "  for _ in $(seq 300); do sleep 0.1; done\n"
         'fi\nexit "${CODE:-0}"\n',
@@ -334,6 +334,15 @@ def test_slurm_stops_the_driver_ahead_of_the_limit_and_requeues(stage: dict[str,
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
     assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_slurm_does_not_requeue_a_run_that_was_done_when_it_was_stopped(stage: dict[str, str], tmp_path: Path) -> None:
+    command = ["bash", str(CLUSTER / "slurm/run.sbatch"), "p.yaml", "/runs/a"]
+    with subprocess.Popen(command, env=stage | {"MODE": "wait", "STOPPED": "0"}) as job:
+        wait_for(tmp_path / "ready")
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=30) == 0
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
 def test_slurm_says_what_it_wants(stage: dict[str, str]) -> None:

@@ -94,7 +94,7 @@ MUTATIONS = {
     "no_time_to_save": (JOB, "GracePeriodSeconds: 300", "GracePeriodSeconds: 30", "minimum of 60"),
     "a_wait_beyond_the_grace_period": (JOB, 'stop_driver, "270"', 'stop_driver, "900"', "above what stop_driver waits"),
     "no_retries": (SPOT, "backoffLimit: 20", "backoffLimit: 0", "minimum of 1"),
-    "a_second_driver": (SPOT, "backoffLimit: 0 #", "backoffLimit: 3 #", "0 was expected"),
+    "a_submitter_that_is_not_repeated": (SPOT, "backoffLimit: 3 #", "backoffLimit: 0 #", "minimum of 1"),
     "a_retry_that_starts_anew": (JOB, "entrypoint: run_or_resume", "entrypoint: rlhf-ray run", "entrypoint"),
     "a_pipeline_that_is_not_there": (JOB, "quickstart.yaml /runs", "quickstar.yaml /runs", "quickstar.yaml"),
     "another_ray": (JOB, "rayVersion: 2.60.0", "rayVersion: 2.9.3", "constraints.txt"),

@@ -15,6 +15,7 @@ from rlhf_ray.data.preferences import PreferenceSet, load_preferences
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.texts import TextSet, load_texts, texts_for_tokenizer
+from rlhf_ray.distributed.gauges import RayGauges
 from rlhf_ray.distributed.groups import WorkerGroup, gather
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.distributed.tracing import Recorder
@@ -125,6 +126,7 @@ class Site:
             seed=self.config.seed,
             tracking=self.config.tracking,
             recorder=self.recorder,
+            trackers=[RayGauges(run=self.folder.path.name, stage=stage.name)],
         ) as run:
             _report(run, "train", data.train.report)
             if data.held_out is not None:

@@ -142,6 +142,7 @@ class MetricLog:
         last_iteration: the iteration the stage resumes after; later rows of the stage are removed, so that the file has
             each iteration once. -1: the stage starts, and has no rows.
         settings: the stage's settings, for the trackers that show them.
+        trackers: further places that metrics go to; the log closes them.
     """
 
     def __init__(
@@ -152,13 +153,14 @@ class MetricLog:
         *,
         last_iteration: int = -1,
         settings: Mapping[str, Any] | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self._stage = stage
         self._path = run_dir / FILE
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_rows_after(self._path, stage, last_iteration)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._trackers: list[Tracker] = [_TensorBoard(run_dir / "tensorboard" / stage, last_iteration)]
+        self._trackers: list[Tracker] = [_TensorBoard(run_dir / "tensorboard" / stage, last_iteration), *trackers]
         if tracking.wandb is not None:
             self._trackers.append(_Wandb(tracking.wandb, run_dir, stage, settings or {}))
 

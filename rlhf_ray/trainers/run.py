@@ -65,7 +65,7 @@ from rlhf_ray.trainers.durable import recover_folder, remove_folder, write_folde
 from rlhf_ray.trainers.journal import read_rollouts, write_rollouts
 from rlhf_ray.trainers.metric_rows import FILE as METRICS
 from rlhf_ray.trainers.metric_rows import read_metrics
-from rlhf_ray.trainers.metrics import MetricLog, Number
+from rlhf_ray.trainers.metrics import MetricLog, Number, Tracker
 from rlhf_ray.trainers.model_card import write_model_card
 from rlhf_ray.trainers.preference_report import PreferenceReport, report_tables, write_report
 from rlhf_ray.trainers.timing import Stopwatch, span_metrics
@@ -284,6 +284,7 @@ class StageRun:
         seed: the run's seed.
         tracking: where metrics go besides metrics.jsonl and TensorBoard.
         recorder: what the worker groups write their calls to.
+        trackers: further places that metrics go to.
         view: what a person sees; unset: a live view in a terminal, else plain lines.
     """
 
@@ -296,6 +297,7 @@ class StageRun:
         seed: int,
         tracking: schema.Tracking,
         recorder: Recorder,
+        trackers: Sequence[Tracker] = (),
         view: View | None = None,
     ) -> None:
         self.folder = folder.stage(stage.name)
@@ -305,6 +307,7 @@ class StageRun:
         self._run_dir = folder.path
         self._stage = stage
         self._tracking = tracking
+        self._trackers = trackers
         self._recorder = recorder
         self._settings = result_settings(stage, seed=seed)
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=stage.checkpoints.keep)
@@ -369,7 +372,12 @@ class StageRun:
             self._restore(handle, parts)
         last = -1 if handle is None else handle.iteration
         self._log = MetricLog(
-            self._run_dir, self._stage.name, self._tracking, last_iteration=last, settings=self._settings
+            self._run_dir,
+            self._stage.name,
+            self._tracking,
+            last_iteration=last,
+            settings=self._settings,
+            trackers=self._trackers,
         )
         self._stop.install()
         self._stop.finish_first = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.cli import main
+from rlhf_ray.distributed.gauges import gauge_name
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.metrics import distinct_bigram_share
 from tests.browser import PROGRAMS, find_browser, show
+from tests.cluster_files import own_metrics_named
 from tests.test_readme import commands
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +122,16 @@ def test_kl_is_visible_and_bounded(quickstart: Quickstart) -> None:
 
 def test_it_fits_into_six_gib(quickstart: Quickstart) -> None:
     assert 0.5 < quickstart.peak_gib <= 6
+
+
+def test_alerts_and_dashboard_of_a_cluster_find_its_metrics(quickstart: Quickstart) -> None:
+    rows = [row for stage in ("sft", "reward_model", "ppo") for row in read_metrics(quickstart.folder, stage)]
+    published = {f"ray_{gauge_name(name)}" for row in rows for name in row}
+    named, patterns = own_metrics_named()
+    assert len(named) >= 15
+    assert named - published == set()
+    for pattern in patterns:
+        assert len([name for name in published if re.fullmatch(pattern, name)]) >= 4, pattern
 
 
 def test_the_result_is_a_hugging_face_directory(quickstart: Quickstart) -> None:

@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import aiohttp
 import httpx
 
 from rlhf_ray.errors import ConfigError, RlhfRayError
 
 T = TypeVar("T")
 
-PROBE_S = 1.5
+PROBE_S = 1.2
 """Deadline for everything that is asked before a cluster is refused."""
 REQUEST_S = 30.0
 UPLOAD_S = 900.0
@@ -195,6 +194,8 @@ class JobServer:
 
     async def _tail(self, job_id: str, log: _Log) -> None:
         """Reads the log's stream, which starts at its beginning, to its end."""
+        import aiohttp
+
         log.position = 0
         timeout = aiohttp.ClientTimeout(total=None, connect=REQUEST_S)
         with suppress(aiohttp.ClientError, OSError):
@@ -269,12 +270,13 @@ def _without_login(address: str) -> str:
 
 def _probe(url: str) -> JobServer:
     token, origin = None, ""
-    answer = _version(url, None)
-    if answer.status_code == 401:
-        token, origin = _token()
-        if token is None:
-            raise ConfigError(f"{url} wants a token, and there is none here; {_HOW_TO_AUTHENTICATE}")
-        answer = _version(url, token)
+    with httpx.Client(timeout=PROBE_S) as client:
+        answer = _version(client, url, None)
+        if answer.status_code == 401:
+            token, origin = _token()
+            if token is None:
+                raise ConfigError(f"{url} wants a token, and there is none here; {_HOW_TO_AUTHENTICATE}")
+            answer = _version(client, url, token)
     if answer.status_code in (401, 403):
         what = f"the token of {origin}" if token is not None else "access without a token"
         raise ConfigError(f"{url} refuses {what} (status {answer.status_code}); {_HOW_TO_AUTHENTICATE}")
@@ -289,9 +291,9 @@ def _probe(url: str) -> JobServer:
     return JobServer(url, token=token, ray_version=ray_version)
 
 
-def _version(url: str, token: str | None) -> httpx.Response:
+def _version(client: httpx.Client, url: str, token: str | None) -> httpx.Response:
     try:
-        return httpx.get(f"{url}/api/version", headers=_headers(token), timeout=PROBE_S)
+        return client.get(f"{url}/api/version", headers=_headers(token))
     except httpx.TimeoutException:
         raise TimeoutError from None
     except httpx.HTTPError as error:

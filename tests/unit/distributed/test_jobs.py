@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,16 @@ def test_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(ConfigError, match=r"does not answer within 0\.2 s"):
             connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_wait_that_no_timeout_of_a_library_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the look-up of a name can be."""
+    for_ever = threading.Event()
+    monkeypatch.setattr(jobs, "PROBE_S", 0.05)
+    monkeypatch.setattr(jobs, "_probe", lambda url: for_ever.wait(5))
+    with pytest.raises(ConfigError, match="does not answer"):
+        connect("http://head:8265")
+    for_ever.set()
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"ray_version": null}', b"{}"])

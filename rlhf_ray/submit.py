@@ -114,21 +114,12 @@ def submit_command(
         where = upload.remote_run_dir(config.run_dir)
         job_id = f"{_word(Path(where).name)}-{random.token_hex(4)}"
         named = [part for name in secret or () for part in ("--secret", name)]
-        command = [
-            "exec",
-            "python",
-            "-m",
-            "rlhf_ray",
-            "run-submitted",
-            upload.PIPELINE_FILE,
-            version("rlhf_ray"),
-            *named,
-        ]
+        words = ["python", "-m", "rlhf_ray", "run-submitted", upload.PIPELINE_FILE, version("rlhf_ray"), *named]
         with tempfile.TemporaryDirectory(prefix="rlhf_ray_upload_") as folder:
             upload.write(parts, Path(folder))
             server.submit(
                 job_id,
-                shlex.join(command),
+                f"exec {shlex.join(words)}",
                 Path(folder),
                 variables={STOP_WAIT: str(save_s)},
                 metadata={_OURS: version("rlhf_ray"), "pipeline": pipeline.name, "run_dir": where},
@@ -184,7 +175,8 @@ def stop_command(run: Run, address: Address = None) -> None:
         )
         job = server.wait(job.id, timeout_s=job.stop_wait_s + _LEAVE_S)
         if not job.ended:
-            raise ConfigError(f"{job.id} has not stopped {job.stop_wait_s + _LEAVE_S:g} s after it was asked to")
+            _say(f"{job.id} is {job.state} {job.stop_wait_s + _LEAVE_S:g} s after it was asked to stop")
+            raise SystemExit(1)
         print(f"{job.id}: {job.state}")
 
 

@@ -1,4 +1,5 @@
-"""The command line: `rlhf-ray run | resume | check | settings | evaluate | generate | report | bench | doctor`.
+"""The command line: `rlhf-ray run | resume | check | settings | evaluate | generate | report | bench | doctor`, and
+`submit | status | logs | stop | list` for runs on a cluster (submit.py).
 
 Exit codes: 0 done, 1 an error, 2 a mistake in the user's input, 130 after Ctrl-C, 143 after SIGTERM.
 torch and Ray are imported only once a pipeline file is found right.
@@ -18,13 +19,14 @@ import typer
 from rlhf_ray.bench_commands import app as bench_app
 from rlhf_ray.config import schema
 from rlhf_ray.config.describe import METHODS, Setting, list_settings
-from rlhf_ray.config.effects import generator_of, rewards_of
 from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, read_origin
 from rlhf_ray.config.problems import suggestion
 from rlhf_ray.config.rules import warnings
-from rlhf_ray.config.schema import Collect, FunctionReward, NewModel, Pipeline, Ppo, Sft, Stage
+from rlhf_ray.config.schema import Collect, NewModel, Pipeline, Ppo, Sft, Stage
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.options import as_options, check_target, columns_of, section, source, without_effect
+from rlhf_ray.start import check_functions, start_run
+from rlhf_ray.submit import add_commands
 from rlhf_ray.terminal import exit_codes, show, sigterm_exits
 
 PROGRAM = "rlhf-ray"
@@ -107,7 +109,7 @@ def run_command(pipeline: PipelineFile, overrides: Overrides = None) -> None:
                 f"  {PROGRAM} resume {config.run_dir}\n"
                 "or choose another folder: run_dir=FOLDER"
             )
-        _start(config, pipeline_dir=pipeline.resolve().parent, resume=False)
+        start_run(config, pipeline_dir=pipeline.resolve().parent, resume=False)
 
 
 @app.command("resume")
@@ -127,7 +129,7 @@ def resume_command(
             os.chdir(working_directory)
         config = load_pipeline(folder / CONFIG_FILE, pipeline_dir=pipeline_dir)
         config = config.model_copy(update={"run_dir": str(folder)})
-        _start(config, pipeline_dir=pipeline_dir, resume=True)
+        start_run(config, pipeline_dir=pipeline_dir, resume=True)
 
 
 @app.command("check")
@@ -140,7 +142,7 @@ def check_command(pipeline: PipelineFile, overrides: Overrides = None) -> None:
         from rlhf_ray.plan import check_data
 
         rows = check_data(config)
-        _check_functions(config, pipeline.resolve().parent)
+        check_functions(config, pipeline.resolve().parent)
         count = "1 stage" if len(config.stages) == 1 else f"{len(config.stages)} stages"
         print(f"ok: {pipeline}, {count}")
         for stage in config.stages:
@@ -380,6 +382,7 @@ def doctor_command() -> None:
 
 
 app.add_typer(bench_app, name="bench")
+add_commands(app)
 
 
 # -------------------------------------------------------------------------------------- shared
@@ -393,30 +396,6 @@ def _reward(text: str) -> schema.ModelReward | schema.FunctionReward:
 
     check_function(text, Path.cwd(), {})
     return section(schema.FunctionReward, kind="function", function=text)
-
-
-def _start(config: Pipeline, *, pipeline_dir: Path, resume: bool) -> None:
-    from rlhf_ray.doctor import check_floors
-
-    generators = [generator for stage in config.stages if (generator := generator_of(stage)) is not None]
-    check_floors(engine=any(generator.engine == "vllm" for generator in generators))
-    _check_functions(config, pipeline_dir)
-    for line in warnings(config):
-        print(f"warning: {line}", file=sys.stderr, flush=True)
-    with sigterm_exits():
-        from rlhf_ray.pipeline import run_pipeline
-
-        run_pipeline(config, pipeline_dir=pipeline_dir, resume=resume)
-
-
-def _check_functions(config: Pipeline, pipeline_dir: Path) -> None:
-    """Loads every reward function here, so that a wrong one is not found by its worker, after an earlier stage."""
-    from rlhf_ray.workers.reward_functions import check_function
-
-    for stage in config.stages:
-        for reward in rewards_of(stage):
-            if isinstance(reward, FunctionReward):
-                check_function(reward.function, pipeline_dir, reward.arguments)
 
 
 def summary(config: Pipeline, stage: Stage) -> str:

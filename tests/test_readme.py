@@ -100,6 +100,14 @@ def test_a_command_works(
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert arguments[1] in capsys.readouterr().err
+    elif arguments[0] in ("submit", "list", "stop"):
+        # tests/integration/test_submit.py has a cluster; here none is at the address.
+        def nobody(address: str | None) -> None:
+            raise errors.ConfigError(f"nobody at {address}")
+
+        monkeypatch.setattr("rlhf_ray.distributed.jobs.connect", nobody)
+        assert exit_code(*arguments) == 2
+        assert capsys.readouterr().err == "nobody at http://head:8265\n"
     elif arguments[0] == "bench":
         # tests/integration/test_bench.py measures for real.
         held = Outcome("learn", figures=(Figure("learn/tokens", 1.0, "s"),))

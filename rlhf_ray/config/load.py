@@ -48,10 +48,17 @@ _STAND_INS: dict[str, object] = {
 }
 
 
-def load_pipeline(path: str | Path, overrides: Sequence[str] = (), *, pipeline_dir: Path | None = None) -> Pipeline:
+def load_pipeline(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    pipeline_dir: Path | None = None,
+    elsewhere: Sequence[Path] = (),
+) -> Pipeline:
     """The pipeline of a file with `key=value` overrides applied, complete and checked.
 
-    `pipeline_dir` is where reward functions are looked up, by default the file's folder.
+    `pipeline_dir` is where reward functions are looked up, by default the file's folder. What lies below the folders
+    `elsewhere` is on another machine and not looked for here.
     Raises ConfigError with every mistake of the file and the overrides, each with path, got and wanted.
     """
     file = Path(path)
@@ -60,10 +67,20 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), *, pipeline_d
         _override(document, override)
     folder = pipeline_dir if pipeline_dir is not None else file.resolve().parent
     pipeline, problems = _validate(document, folder)
+    if pipeline is not None:
+        problems = [each for each in problems if not _lies_below(pipeline, each.path, elsewhere)]
     problems = document.problems + problems
     if problems or pipeline is None:
         raise ConfigError(_report(document, problems))
     return pipeline
+
+
+def _lies_below(pipeline: Pipeline, path: KeyPath, folders: Sequence[Path]) -> bool:
+    """True where the setting at the path names something below one of the folders."""
+    value: object = pipeline
+    for key in path:
+        value = value[key] if isinstance(key, int) and isinstance(value, tuple) else getattr(value, str(key), None)
+    return isinstance(value, str) and any(Path(value).is_relative_to(folder) for folder in folders)
 
 
 def dump_pipeline(pipeline: Pipeline) -> str:

@@ -1,0 +1,377 @@
+"""`rlhf-ray submit | status | logs | stop | list`: runs on a cluster, through Ray's Jobs API.
+
+The job runs `rlhf-ray run-submitted` on the head node, in the folder that was uploaded. It starts the run, or goes on
+with it where its folder holds the same run already.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets as random
+import shlex
+import socket
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, run_files
+from rlhf_ray.config.schema import Pipeline
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.terminal import exit_codes, show
+
+if TYPE_CHECKING:
+    from rlhf_ray.distributed.jobs import Job, JobServer
+
+SAVE_S = 600
+"""Seconds that a stopped run has to save a checkpoint, unless told otherwise."""
+KUBERNETES = "KUBERNETES_SERVICE_HOST"
+_LEAVE_S = 60.0
+_OURS = "rlhf_ray"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+Address = Annotated[
+    str | None,
+    typer.Option(help="Dashboard of the cluster, http://HOST:8265; else RAY_API_SERVER_ADDRESS.", show_default=False),
+]
+Run = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Id of a submitted run, or its run_dir for the newest.", show_default=False),
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds the commands of submitted runs."""
+    app.command("submit")(submit_command)
+    app.command("status")(status_command)
+    app.command("logs")(logs_command)
+    app.command("stop")(stop_command)
+    app.command("list")(list_command)
+    app.command("run-submitted", hidden=True)(run_submitted_command)
+
+
+def submit_command(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="Pipeline file (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as for `run`.", show_default=False),
+    ] = None,
+    address: Address = None,
+    run_dir: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Folder of the run on the cluster, on storage that outlives it."),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Print the run's id and leave; else follow its log.")
+    ] = False,
+    shared: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A folder that every node sees at the same path: what lies below it stays there. May be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Environment variable that must be set on the cluster, such as HF_TOKEN; its value never travels. "
+            "May be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    save_s: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="Time to save a checkpoint when the run is stopped.")
+    ] = SAVE_S,
+    without_token: Annotated[
+        bool, typer.Option("--without-token", help="Accept a cluster that asks for no token.")
+    ] = False,
+) -> None:
+    """Run a pipeline on a Ray cluster: upload it, follow its log, end with its exit code.
+
+    Submitted again after it was stopped, with the same settings and run_dir, it goes on from its last checkpoint.
+    """
+    with exit_codes():
+        folders = [_shared(folder) for folder in shared or ()]
+        for name in secret or ():
+            _check_name(name)
+        chosen = [*(overrides or ()), *([f"run_dir={run_dir}"] if run_dir is not None else ())]
+        config = load_pipeline(pipeline, chosen, elsewhere=folders)
+        from rlhf_ray import upload
+        from rlhf_ray.distributed.jobs import STOP_WAIT, connect
+
+        server = connect(address)
+        _check_cluster(server, without_token=without_token)
+        parts = upload.prepare(config, pipeline_dir=pipeline.resolve().parent, shared=folders)
+        _show_upload(parts, config)
+        where = upload.remote_run_dir(config.run_dir)
+        job_id = f"{_word(Path(where).name)}-{random.token_hex(4)}"
+        named = [part for name in secret or () for part in ("--secret", name)]
+        words = ["python", "-m", "rlhf_ray", "run-submitted", upload.PIPELINE_FILE, version("rlhf_ray"), *named]
+        with tempfile.TemporaryDirectory(prefix="rlhf_ray_upload_") as folder:
+            upload.write(parts, Path(folder))
+            server.submit(
+                job_id,
+                f"exec {shlex.join(words)}",
+                Path(folder),
+                variables={STOP_WAIT: str(save_s)},
+                metadata={_OURS: version("rlhf_ray"), "pipeline": pipeline.name, "run_dir": where},
+            )
+        if detach:
+            print(job_id)
+            return
+        _say(f"submitted as {job_id}; its run_dir on the cluster is {where}")
+        _follow(server, job_id)
+
+
+def status_command(run: Run, address: Address = None) -> None:
+    """Print a submitted run's state, times and last line of its log."""
+    with exit_codes():
+        server, job = _find(run, address)
+        lines = server.log(job.id).strip().splitlines()
+        rows = {
+            "run": job.id,
+            "state": job.state if job.exit_code is None else f"{job.state}, exit code {job.exit_code}",
+            "started": _time(job.started_s),
+            "ended": _time(job.ended_s),
+            **{name: job.metadata[name] for name in ("run_dir", "pipeline") if name in job.metadata},
+            "last line": lines[-1] if lines else "",
+        }
+        for name, text in rows.items():
+            if text:
+                print(f"{name:<10}{text}")
+
+
+def logs_command(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends, with its code.")] = False,
+    address: Address = None,
+) -> None:
+    """Print what a submitted run has written."""
+    with exit_codes():
+        server, job = _find(run, address)
+        if follow:
+            _follow(server, job.id)
+        _write(server.log(job.id))
+
+
+def stop_command(run: Run, address: Address = None) -> None:
+    """Stop a submitted run; it finishes its iteration and saves a checkpoint first."""
+    with exit_codes():
+        server, job = _find(run, address)
+        if job.ended or not server.stop(job.id):
+            print(f"{job.id} has ended before: {job.state}")
+            return
+        _say(
+            f"{job.id} got SIGTERM: it finishes its iteration and saves; after {job.stop_wait_s:g} s it is killed. "
+            "Ctrl-C ends this wait alone."
+        )
+        job = server.wait(job.id, timeout_s=job.stop_wait_s + _LEAVE_S)
+        if not job.ended:
+            _say(f"{job.id} is {job.state} {job.stop_wait_s + _LEAVE_S:g} s after it was asked to stop")
+            raise SystemExit(1)
+        print(f"{job.id}: {job.state}")
+
+
+def list_command(address: Address = None) -> None:
+    """Print the runs that were submitted to a cluster, newest first."""
+    with exit_codes():
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for heading in ("run", "state", "started", "pipeline", "run_dir"):
+            table.add_column(heading, overflow="fold")
+        runs = _ours(_server(address))
+        for job in runs:
+            named = [job.metadata.get(name, "") for name in ("pipeline", "run_dir")]
+            table.add_row(job.id, job.state, _time(job.started_s), *named)
+        show(table if runs else "no run was submitted to this cluster")
+
+
+def run_submitted_command(
+    pipeline: Path, submitted_by: str, secret: Annotated[list[str] | None, typer.Option()] = None
+) -> None:
+    """What the job runs on the cluster: a new run, or the one that its folder holds."""
+    with exit_codes():
+        here = version("rlhf_ray")
+        python = ".".join(str(part) for part in sys.version_info[:3])
+        _say(f"rlhf_ray {here}, Ray {version('ray')}, Python {python} on {socket.gethostname()}")
+        if here != submitted_by:
+            raise ConfigError(
+                f"this cluster has rlhf_ray {here}, and the run was submitted by {submitted_by}; install the same "
+                "version on both sides"
+            )
+        absent = [name for name in secret or () if not os.environ.get(name)]
+        if absent:
+            raise ConfigError(
+                f"{', '.join(absent)}: not set on this cluster. A secret's value is not sent; set it in the "
+                "environment in which Ray is started on every node (on Kubernetes: env from a Secret)"
+            )
+        config = load_pipeline(pipeline)
+        if config.run_dir.startswith("~") and KUBERNETES in os.environ:
+            raise ConfigError(
+                f"run_dir: got {config.run_dir!r}, which is lost with this container; name a folder on a volume: "
+                "submit with --run-dir FOLDER"
+            )
+        config = config.model_copy(update={"run_dir": str(Path(config.run_dir).expanduser())})
+        folder = Path(config.run_dir)
+        resume = (folder / CONFIG_FILE).is_file()
+        if resume:
+            _go_on(folder, config)
+        from rlhf_ray.start import start_run
+
+        start_run(config, pipeline_dir=Path.cwd(), resume=resume)
+
+
+# -------------------------------------------------------------------------------------- shared
+
+
+def _server(address: str | None) -> JobServer:
+    from rlhf_ray.distributed.jobs import connect
+
+    return connect(address)
+
+
+def _ours(server: JobServer) -> list[Job]:
+    return [job for job in server.jobs() if _OURS in job.metadata]
+
+
+def _find(run: str, address: str | None) -> tuple[JobServer, Job]:
+    """The cluster and the run of that id, or the newest of that run_dir.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    server = _server(address)
+    jobs = _ours(server)
+    for job in jobs:
+        if run in (job.id, job.metadata.get("run_dir")):
+            return server, job
+    from rlhf_ray.config.problems import suggestion
+
+    raise ConfigError(f"{server.address} has no run {run!r}{suggestion(run, [job.id for job in jobs])}")
+
+
+def _follow(server: JobServer, job_id: str) -> None:
+    """Prints the run's log until it ends, and ends with its exit code."""
+    at = f"--address {server.address}"
+    try:
+        job = server.follow(job_id, _write)
+    except KeyboardInterrupt:
+        _say(
+            f"\n{job_id} goes on. To come back:  rlhf-ray logs {job_id} --follow {at}\n"
+            f"To stop it:  rlhf-ray stop {job_id} {at}"
+        )
+        raise SystemExit(130) from None
+    if job.state == "FAILED" and not job.message.startswith("Job entrypoint command failed"):
+        _say(job.message)
+    if job.state == "FAILED" and "No module named rlhf_ray" in job.message:
+        _say("rlhf_ray is not installed for the `python` of the cluster's head node; install it on every node")
+    _say(f"{job_id}: {job.state}, exit code {job.exit_code}")
+    raise SystemExit(job.exit_code)
+
+
+def _check_cluster(server: JobServer, *, without_token: bool) -> None:
+    from rlhf_ray.doctor import FLOORS, release
+
+    if not server.authenticated and not without_token:
+        raise ConfigError(
+            f"{server.address} asks for no token: whoever reaches it can run programs on the cluster. Start Ray with "
+            "RAY_AUTH_MODE=token, or accept it by --without-token"
+        )
+    floor = next(floor for floor in FLOORS if floor.package == "ray")
+    if release(server.ray_version) < release(floor.lowest):
+        raise ConfigError(f"{server.address} runs Ray {server.ray_version}, wanted {floor.lowest} or newer")
+    if server.ray_version != version("ray"):
+        _say(f"note: the cluster runs Ray {server.ray_version}, this machine has {version('ray')}")
+
+
+def _show_upload(parts: Any, config: Pipeline) -> None:
+    from rlhf_ray.upload import in_words
+
+    for item in parts.items:
+        _say(f"uploads {item.why}: {item.source} ({in_words(item.size)})")
+    for path in parts.stays:
+        _say(f"stays on the cluster: {path}")
+    if config.placement.address is not None:
+        _say(f"placement.address: {config.placement.address} is left out; the job joins the cluster that it runs on")
+    if not config.run_dir.startswith(("/", "~")):
+        _say(
+            f"run_dir: {config.run_dir} becomes ~/{config.run_dir} on the head node; with several nodes, or where that "
+            "does not last, name shared storage by --run-dir"
+        )
+
+
+def _go_on(folder: Path, config: Pipeline) -> None:
+    """Takes the submitted settings for the folder's run.
+
+    Raises:
+        ConfigError: the folder holds a run whose result other settings decided, or another process works in it.
+    """
+    from pydantic import ValidationError
+
+    from rlhf_ray.trainers.checkpoints import result_settings
+    from rlhf_ray.trainers.durable import write_text
+    from rlhf_ray.trainers.run import RunFolder
+
+    try:
+        earlier = Pipeline.model_validate(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValidationError, yaml.YAMLError) as error:
+        raise ConfigError(f"{folder / CONFIG_FILE} cannot be read: {error}") from None
+    before, now = (
+        {f"{s.name}.{key}": value for s in each.stages for key, value in result_settings(s, seed=each.seed).items()}
+        for each in (earlier, config)
+    )
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        lines = [f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]
+        raise ConfigError(
+            f"{folder} holds a run with other settings:\n" + "\n".join(lines) + "\n"
+            "Set them back to go on with it, or submit with another --run-dir"
+        )
+    with RunFolder.open(folder):
+        for name, text in run_files(config, pipeline_dir=Path.cwd()).items():
+            write_text(folder / name, text)
+    _say(f"{folder} holds this run; going on with it")
+
+
+def _shared(folder: Path) -> Path:
+    if not folder.is_absolute():
+        raise ConfigError(f"--shared: got {str(folder)!r}, wanted an absolute path, as the cluster's nodes see it")
+    return folder
+
+
+def _check_name(name: str) -> None:
+    """Says nothing of what follows a `=`: it may be the secret."""
+    if "=" in name:
+        raise ConfigError(
+            f"--secret: got {name.partition('=')[0]}=..., wanted the name alone: a value would be kept in the job's "
+            "record, where everybody who reaches the cluster can read it. Set it on the cluster's nodes"
+        )
+    if not _NAME.fullmatch(name):
+        raise ConfigError("--secret: wanted the name of an environment variable, such as HF_TOKEN")
+
+
+def _word(text: str) -> str:
+    """The text as part of an id."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_-")[:40] or "run"
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

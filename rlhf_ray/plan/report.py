@@ -15,6 +15,7 @@ from rlhf_ray.config import schema
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
 from rlhf_ray.plan.cluster import PLENTY, ClusterShape
 from rlhf_ray.plan.data import check_data
+from rlhf_ray.plan.memory import RoleMemory, StageMemory, plan_memory
 from rlhf_ray.plan.placement import StagePlacement, plan_placement
 
 _UNKNOWN = "?"
@@ -29,34 +30,38 @@ class Plan:
         named: whether the user named a cluster.
         placement: what is reserved, in the order of time.
         arithmetic: each stage in numbers.
+        memory: of what is reserved, in the same order as the placement.
     """
 
     cluster: ClusterShape
     named: bool
     placement: tuple[StagePlacement, ...]
     arithmetic: tuple[StageArithmetic, ...]
+    memory: tuple[StageMemory, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether the cluster has room for every stage."""
-        return all(each.shortage is None for each in self.placement)
+        """Whether the cluster has room for every stage, in workers and, as far as it is known, in memory."""
+        return all(each.shortage is None for each in self.placement) and all(m.fits is not False for m in self.memory)
 
 
 def make_plan(config: schema.Pipeline, cluster: ClusterShape, *, named: bool) -> Plan:
     """The plan of a pipeline; reads and checks its data, and starts nothing.
 
     Raises:
-        UserError: data is wrong.
+        UserError: data is wrong, or a model cannot be read.
     """
     rows = check_data(config)
     gpus = cluster.nodes * cluster.gpus
     strategy = config.placement.strategy
-    return Plan(
-        cluster=cluster,
-        named=named,
-        placement=tuple(each for s in config.stages for each in plan_placement(s, cluster, strategy=strategy)),
-        arithmetic=tuple(arithmetic(s, known_rows(s, rows[s.name]), gpus=gpus) for s in config.stages),
-    )
+    placement, numbers, memory = [], [], []
+    for stage in config.stages:
+        found = arithmetic(stage, known_rows(stage, rows[stage.name]), gpus=gpus)
+        reserved = plan_placement(stage, cluster, strategy=strategy)
+        numbers.append(found)
+        placement += reserved
+        memory += [plan_memory(config, stage, each, found, cluster) for each in reserved]
+    return Plan(cluster, named, tuple(placement), tuple(numbers), tuple(memory))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -79,6 +84,8 @@ def plan_tables(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [_heading("Batches"), _arithmetic_table(plan.arithmetic)]
     parts += [_heading(f"Placement on {plan.cluster.text}"), _placement_table(plan)]
     parts += [Text(line) for line in _placement_lines(plan)]
+    parts += [_heading("\nMemory of one worker at its peak, GiB"), _memory_table(plan.memory)]
+    parts += [Text(line) for line in _memory_lines(plan)]
     return Group(*parts)
 
 
@@ -183,7 +190,69 @@ def _placement_lines(plan: Plan) -> list[str]:
     for stage in plan.placement:
         if stage.shortage is not None:
             lines.append(f"{stage.stage} does NOT fit: {stage.shortage}")
-            lines += [f"  smallest change: {change}" for change in stage.changes]
-    if plan.named and plan.fits:
-        lines.append("Every stage fits.")
+            lines += [f"  it would with {change}" for change in stage.changes]
+    if plan.named and all(stage.shortage is None for stage in plan.placement):
+        lines.append("Every stage has its workers' room.")
+    return lines
+
+
+# -------------------------------------------------------------------------------------- memory
+
+_PARTS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "Adam",
+    "activations": "activ.",
+    "logits": "logits",
+    "cache": "cache",
+    "buckets": "buckets",
+    "sync": "sync",
+    "reserve": "reserve",
+}
+
+
+def _memory_table(stages: Sequence[StageMemory]) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("stage", "role", "on"):
+        table.add_column(heading, overflow="fold")
+    shown = [part for part in _PARTS if any(part in role.parts for stage in stages for role in stage.roles)]
+    for heading in (*(_PARTS[part] for part in shown), "total", "room"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage in stages:
+        name = f"{stage.stage}, {stage.while_}" if stage.while_ else stage.stage
+        for role in stage.roles:
+            cells = [_gib(role.parts.get(part)) for part in shown]
+            table.add_row(name, role.role, role.device, *cells, _gib(role.total), _room(role))
+            name = ""
+        total, room = _gib(stage.host), _gib(stage.host_room)
+        table.add_row("", "the fullest node", "host", *[""] * len(shown), total, room)
+        table.add_section()
+    return table
+
+
+def _gib(value: float | None) -> str:
+    return "" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _room(role: RoleMemory) -> str:
+    return _gib(role.room)
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    lines = []
+    for stage in plan.memory:
+        for role in stage.roles:
+            where = f"{stage.stage} {role.role}"
+            if role.note:
+                lines.append(f"{where}: {role.note}.")
+            if role.fits is False:
+                lines.append(f"{where} does NOT fit: {_gib(role.total)} GiB for {_gib(role.room)} GiB of its GPU.")
+                lines += [f"  what helps most: {role.advice}"] if role.advice else []
+        if stage.host_room is not None and stage.host > stage.host_room:
+            lines.append(
+                f"{stage.stage} does NOT fit: {_gib(stage.host)} GiB for a node's {_gib(stage.host_room)} GiB."
+            )
+            lines += [f"  what helps most: {stage.advice}"] if stage.advice else []
+    if plan.named and all(stage.fits for stage in plan.memory):
+        lines.append("Every stage has the memory that it needs.")
     return lines

@@ -1,4 +1,4 @@
-"""The command line: `rlhf-ray run | resume | check | settings | evaluate | generate | report | bench | doctor`, and
+"""The command line: `rlhf-ray run | resume | check | plan | settings | evaluate | generate | report | bench | doctor`, and
 `submit | status | logs | stop | list` for runs on a cluster (submit.py).
 
 Exit codes: 0 done, 1 an error, 2 a mistake in the user's input, 130 after Ctrl-C, 143 after SIGTERM.
@@ -25,6 +25,7 @@ from rlhf_ray.config.rules import warnings
 from rlhf_ray.config.schema import Collect, NewModel, Pipeline, Ppo, Sft, Stage
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.options import as_options, check_target, columns_of, section, source, without_effect
+from rlhf_ray.plan_command import add_plan
 from rlhf_ray.start import check_functions, start_run
 from rlhf_ray.submit import add_commands
 from rlhf_ray.terminal import exit_codes, show, sigterm_exits
@@ -383,6 +384,7 @@ def doctor_command() -> None:
 
 app.add_typer(bench_app, name="bench")
 add_commands(app)
+add_plan(app)
 
 
 # -------------------------------------------------------------------------------------- shared

@@ -21,7 +21,8 @@ from rlhf_ray.shapes import LastHidden, TokenFloat, TokenIds, TokenLogits, Token
 Entropy: TypeAlias = Literal["off", "reported", "trained"]
 """Whether entropies are computed, and whether they have a gradient."""
 
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+"""Size of the logits that are held at once, by device; up to twice as many are kept for the backward pass."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -110,7 +111,7 @@ def projected_logprobs(
         chunk_bytes: size of a chunk's logits; by default 32 MiB, on a GPU 256 MiB.
     """
     require(temperature > 0, "temperature", temperature, "a number above 0")
-    chunk_bytes = chunk_bytes or _CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
+    chunk_bytes = chunk_bytes or CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
     predicting = wanted[:, 1:].flatten().nonzero().squeeze(1)
     states = hidden[:, :-1].flatten(0, 1).index_select(0, predicting)
     chunk = max(1, chunk_bytes // (len(weight) * states.element_size()))

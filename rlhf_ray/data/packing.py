@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rlhf_ray.config.schema import Learner
 from rlhf_ray.data.batches import Sequences
 
 
@@ -37,6 +38,32 @@ def plan_micro_batches(
         groups[-1].append(row)
         filled += lengths[groups[-1][0] if padded else row]
     return groups
+
+
+def learner_micro_batches(
+    settings: Learner, costs: Sequence[int], *, device: torch.device, padded: bool, together: int = 1
+) -> list[list[int]]:
+    """A learner's share of a mini-batch cut into forward passes, by its settings.
+
+    Args:
+        settings: the network's section of the pipeline file.
+        costs: tokens of each row.
+        device: where it trains.
+        padded: as for `plan_micro_batches`.
+        together: sequences in each row, 2 for pairs.
+    """
+    most = settings.micro_batch_sequences
+    return plan_micro_batches(
+        costs,
+        max_tokens=token_budget(settings.micro_batch_tokens, device),
+        max_sequences=None if most is None else max(1, most // together),
+        padded=padded,
+    )
+
+
+def cut_mini_batches(order: Tensor, number: int) -> tuple[Tensor, ...]:
+    """The rows in `order` cut into `number` mini-batches, whose sizes differ by one at most; fewer for fewer rows."""
+    return order.tensor_split(min(number, len(order)))
 
 
 def balance(costs: Sequence[float], parts: int) -> list[list[int]]:

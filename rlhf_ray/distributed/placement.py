@@ -153,6 +153,16 @@ def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, m
     return shares
 
 
+def reservations(requests: Sequence[RoleRequest]) -> list[list[RoleRequest]]:
+    """The placement groups that are reserved, each with the request behind each of its bundles.
+
+    Workers whose processes may be used again have a group each, so that they can outlive the others.
+    """
+    together = [request for request in requests if request.reuse is None for _ in range(request.workers)]
+    apart = [[request] for request in requests if request.reuse is not None for _ in range(request.workers)]
+    return [bundles for bundles in (together, *apart) if bundles]
+
+
 def _gpu_share(requests: Sequence[RoleRequest], gpus: float) -> float:
     """GPUs of each worker that names none: one, or an equal part where there are fewer GPUs than such workers."""
     fixed = sum(request.workers * request.gpus for request in requests if request.gpus is not None)
@@ -442,11 +452,8 @@ class Cluster:
         self._placements.append(placement)
         try:
             shares = self._fit(connection, missing)
-            together = [request for request in missing if request.reuse is None for _ in range(request.workers)]
-            apart = [request for request in missing if request.reuse is not None for _ in range(request.workers)]
-            for bundles in [together, *([request] for request in apart)]:
-                if bundles:
-                    self._reserve(connection, bundles, shares, seats)
+            for bundles in reservations(missing):
+                self._reserve(connection, bundles, shares, seats)
         except BaseException:
             placement.close()
             raise

@@ -71,6 +71,27 @@ _SLOTS = 8
 _SHARE = 0.25
 
 
+def shared_bytes(bucket_bytes: int, expected_bytes: int, room: float) -> int:
+    """Bytes of memory that the pages between the processes of a node take.
+
+    Args:
+        bucket_bytes: size of the buckets that weights travel in.
+        expected_bytes: bytes of all weights.
+        room: bytes free in the folder of shared memory.
+    """
+    if _lies_as_a_whole(expected_bytes, room):
+        return expected_bytes
+    return _RING * _slot_bytes(bucket_bytes, expected_bytes)
+
+
+def _slot_bytes(bucket_bytes: int, expected_bytes: int) -> int:
+    return min(bucket_bytes, max(_SLOT_BYTES, expected_bytes // _SLOTS))
+
+
+def _lies_as_a_whole(expected_bytes: int, room: float) -> bool:
+    return 0 < expected_bytes <= room * _SHARE
+
+
 class SharedPages(Wire):
     """Slots in one file in memory, mapped by the sender and by every receiver of the node.
 
@@ -95,12 +116,12 @@ class SharedPages(Wire):
             bucket_bytes: a slot is no larger.
             expected_bytes: bytes of all weights; 0 if unknown.
         """
-        slot_bytes = min(bucket_bytes, max(_SLOT_BYTES, expected_bytes // _SLOTS))
+        slot_bytes = _slot_bytes(bucket_bytes, expected_bytes)
         folder = _shared_folder(_RING * slot_bytes)
         _remove_stale(folder)
         descriptor, path = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        whole = 0 < expected_bytes <= _room(folder) * _SHARE
+        whole = _lies_as_a_whole(expected_bytes, _room(folder))
         # Tensors begin at round addresses, so they take a little more; what is not written to takes no memory.
         slots = 2 * -(-expected_bytes // slot_bytes) if whole else _RING
         os.ftruncate(descriptor, slots * slot_bytes)

@@ -29,7 +29,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 _TAG = "state"
-_REDUCE_ELEMENTS = 50_000_000
+REDUCE_ELEMENTS = 50_000_000
+"""Most elements of the buckets that gradients and weights are exchanged in."""
 
 
 def join_process_group(*, rank: int, size: int, timeout_s: float) -> torch.device:
@@ -166,7 +167,7 @@ class TrainingEngine:
 
     def _step_unsharded(self) -> float:
         # At stage 0 DeepSpeed neither reports a norm nor looks for overflow, so both are done here.
-        self._engine.buffered_allreduce_fallback(elements_per_buffer=_REDUCE_ELEMENTS)
+        self._engine.buffered_allreduce_fallback(elements_per_buffer=REDUCE_ELEMENTS)
         learnt = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in learnt if p.grad is not None])
         if not bool(norm.isfinite()):
@@ -305,7 +306,7 @@ def _config(settings: schema.Learner, stage: int, module: nn.Module) -> dict[str
 
 def _bucket_elements(parameters: Iterable[Tensor]) -> int:
     # DeepSpeed allocates whole buckets, so a small model gets small ones; their size must be even.
-    return min(_REDUCE_ELEMENTS, 2 * math.ceil(sum(parameter.numel() for parameter in parameters) / 2))
+    return min(REDUCE_ELEMENTS, 2 * math.ceil(sum(parameter.numel() for parameter in parameters) / 2))
 
 
 @cache

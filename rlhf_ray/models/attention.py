@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -72,15 +73,26 @@ def rows_of(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Rows]:
     }
 
 
+def set_attention_by_rows(model: PreTrainedModel, instead: Callable[..., Any] | None = None) -> None:
+    """Lets the model attend to each row by itself, whether or not it can.
+
+    Args:
+        model: a model.
+        instead: does it in place of this module's attention, where the model is only to be counted.
+    """
+    from transformers import AttentionInterface
+
+    name = _NAME if instead is None else f"{_NAME}_counted"
+    AttentionInterface.register(name, instead or _attention)
+    model.set_attn_implementation(name)
+
+
 @torch.no_grad()
 def attend_by_rows(model: PreTrainedModel) -> bool:
     """Whether the model can read packs; if so, it now attends to each row by itself, else it is as it was.
 
     Tried out on a few tokens.
     """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_NAME, _attention)
     if getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None:
         return False
     rows = [[1, 2, 3], [2, 3, 1, 1]]
@@ -96,7 +108,7 @@ def attend_by_rows(model: PreTrainedModel) -> bool:
     before = model.config._attn_implementation
     try:
         alone = torch.cat([read(row, list(range(len(row)))) for row in rows])
-        model.set_attn_implementation(_NAME)
+        set_attention_by_rows(model)
         packed = read(rows[0] + rows[1], [0, 1, 2, 0, 1, 2, 3])
     except (TypeError, ValueError, NotImplementedError):
         works = False
@@ -141,7 +153,7 @@ def _attention(
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
     lengths = [query.shape[2]] if rows is None else list(rows.lengths)
     parts = zip(*(torch.split(states, lengths, 2) for states in (query, key, value)), strict=True)
-    found = [_attend(*part, dropout=dropout, scaling=scaling, window=sliding_window).transpose(1, 2) for part in parts]
+    found = [attend(*part, dropout=dropout, scaling=scaling, window=sliding_window).transpose(1, 2) for part in parts]
     return _own(torch.cat(found, 1), rows).to(kept), None
 
 
@@ -149,9 +161,10 @@ def _own(found: Tensor, rows: Rows | None) -> Tensor:
     return found if rows is None or rows.own is None else found.index_select(1, rows.own)
 
 
-def _attend(
+def attend(
     query: Tensor, key: Tensor, value: Tensor, *, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
+    """[R, heads, N, size] causal attention; with a window each token sees so many, itself included."""
     length = query.shape[2]
     mask = None
     if window is not None and window < length:
@@ -213,5 +226,5 @@ def _kernel_agrees(device: torch.device, dtype: torch.dtype, heads: int, key_hea
     except (ImportError, TypeError, ValueError, RuntimeError, NotImplementedError):
         return False
     parts = zip(*(torch.split(each, [2, 3], 2) for each in states), strict=True)
-    wanted = torch.cat([_attend(*part, dropout=0.0, scaling=None, window=None).transpose(1, 2) for part in parts], 1)
+    wanted = torch.cat([attend(*part, dropout=0.0, scaling=None, window=None).transpose(1, 2) for part in parts], 1)
     return bool((found - wanted).abs().max() <= 3e-2)

@@ -258,40 +258,40 @@ def new_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> 
     )
 
 
+def new_config(spec: NewModel, **special_ids: int | None) -> PretrainedConfig:
+    """The configuration of a fresh model."""
+    import transformers
+
+    hidden, layers, heads, intermediate = _WIDTHS[spec.size]
+    common: dict[str, Any] = {"vocab_size": spec.vocab_size, **special_ids}
+    if spec.family == "llama":
+        return transformers.LlamaConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=intermediate,
+            max_position_embeddings=spec.max_length,
+            tie_word_embeddings=False,
+            **common,
+        )
+    return transformers.GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=spec.max_length, **common)
+
+
 def new_model(spec: NewModel, texts: Iterable[str], *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A randomly initialised model and the tokenizer trained on `texts`: the same for the same arguments."""
     import transformers
 
     tokenizer = new_tokenizer(texts, vocab_size=spec.vocab_size, max_length=spec.max_length)
-    hidden, layers, heads, intermediate = _WIDTHS[spec.size]
-    common: dict[str, Any] = {
-        "vocab_size": spec.vocab_size,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    config = new_config(
+        spec,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "new_model"))
-        model: PreTrainedModel
-        if spec.family == "llama":
-            model = transformers.LlamaForCausalLM(
-                transformers.LlamaConfig(
-                    hidden_size=hidden,
-                    num_hidden_layers=layers,
-                    num_attention_heads=heads,
-                    num_key_value_heads=heads,
-                    intermediate_size=intermediate,
-                    max_position_embeddings=spec.max_length,
-                    tie_word_embeddings=False,
-                    **common,
-                )
-            )
-        else:
-            model = transformers.GPT2LMHeadModel(
-                transformers.GPT2Config(
-                    n_embd=hidden, n_layer=layers, n_head=heads, n_positions=spec.max_length, **common
-                )
-            )
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
     return model.eval(), tokenizer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.encoding import Encoder
+from rlhf_ray.distributed.placement import RoleRequest
 from rlhf_ray.stages.actors import Actors, generator_request, scorer_requests
 from rlhf_ray.stages.site import Site, stage_seed
 from rlhf_ray.trainers.collect import CollectGroups, Origin, Tally, batches, collect
@@ -13,10 +14,9 @@ def run_collect(site: Site, stage: schema.Collect) -> None:
     """Samples, scores and writes, or goes on with it, to the stage's data."""
     model = site.initial_model(stage)
     data = site.data(stage, model)
-    requests = [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=site.cluster.gpus)]
     with (
         site.stage_run(stage, total=batches(stage, data.train), data=data) as run,
-        site.cluster.reserve(requests) as placement,
+        site.cluster.reserve(requests(stage, gpus=site.cluster.gpus)) as placement,
     ):
         actors = Actors(site, stage, placement, model)
         longest = data.train.longest + stage.sampling.max_new_tokens
@@ -32,3 +32,8 @@ def run_collect(site: Site, stage: schema.Collect) -> None:
         )
         collect(stage, groups, data.train, origin, tally, run)
         run.finish()
+
+
+def requests(stage: schema.Collect, *, gpus: float) -> list[RoleRequest]:
+    """What the stage's roles ask for; `gpus` are those of the cluster."""
+    return [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]

@@ -35,8 +35,8 @@ def run_dpo(site: Site, stage: schema.Dpo) -> None:
     total = total_steps(stage, data.train)
     with site.stage_run(stage, total=total, data=data) as run, _cache(site, stage, model, run) as cache:
         has_reference = _has_reference(stage, data, cache, run)
-        requests = _requests(stage, has_reference=has_reference, gpus=site.cluster.gpus)
-        with site.cluster.reserve(requests) as placement:
+        asked = requests(stage, has_reference=has_reference, gpus=site.cluster.gpus)
+        with site.cluster.reserve(asked) as placement:
             actors = Actors(site, stage, placement, model)
             policy = actors.learner(
                 "policy",
@@ -57,13 +57,20 @@ def run_dpo(site: Site, stage: schema.Dpo) -> None:
             run.finish()
 
 
-def _requests(stage: schema.Dpo, *, has_reference: bool, gpus: float) -> list[RoleRequest]:
-    requests = [learner_request("policy", stage.policy)]
+def requests(stage: schema.Dpo, *, has_reference: bool, gpus: float) -> list[RoleRequest]:
+    """What the stage's roles ask for while it trains.
+
+    Args:
+        stage: its settings.
+        has_reference: whether the reference has workers of its own.
+        gpus: those of the cluster.
+    """
+    asked = [learner_request("policy", stage.policy)]
     if has_reference:
-        requests.append(reference_request(stage.reference))
+        asked.append(reference_request(stage.reference))
     if stage.generator is not None:
-        requests += [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
-    return requests
+        asked += [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
+    return asked
 
 
 def _samples(site: Site, stage: schema.Dpo, actors: Actors, policy: RayGroup[Learner], data: StageData) -> Samples:

@@ -9,7 +9,7 @@ from rlhf_ray.distributed.groups import WorkerGroup
 from rlhf_ray.distributed.placement import RoleRequest
 from rlhf_ray.stages.actors import Actors, generator_request, learner_request, reference_request, scorer_requests
 from rlhf_ray.stages.site import LearnerParts, Site
-from rlhf_ray.trainers.ppo import KlController, PpoGroups, train_ppo
+from rlhf_ray.trainers.ppo import KlController, PpoGroups, optimizer_steps, train_ppo
 from rlhf_ray.trainers.sampling import SampleStream
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.learner import Learner
@@ -21,7 +21,7 @@ def run_ppo(site: Site, stage: schema.Ppo) -> None:
     data = site.data(stage, model)
     with (
         site.stage_run(stage, total=stage.iterations, data=data) as run,
-        site.cluster.reserve(_requests(stage, gpus=site.cluster.gpus)) as placement,
+        site.cluster.reserve(requests(stage, gpus=site.cluster.gpus)) as placement,
     ):
         actors = Actors(site, stage, placement, model)
         groups = _start(actors, stage, max_length=_longest(stage, data.train, data.held_out))
@@ -42,14 +42,15 @@ def run_ppo(site: Site, stage: schema.Ppo) -> None:
         run.finish()
 
 
-def _requests(stage: schema.Ppo, *, gpus: float) -> list[RoleRequest]:
-    requests = [learner_request("policy", stage.policy)]
+def requests(stage: schema.Ppo, *, gpus: float) -> list[RoleRequest]:
+    """What the stage's roles ask for; `gpus` are those of the cluster."""
+    asked = [learner_request("policy", stage.policy)]
     critic = stage.critic_role
     if critic is not None and critic.kind == "network":
-        requests.append(learner_request("critic", critic))
+        asked.append(learner_request("critic", critic))
     if _has_reference(stage):
-        requests.append(reference_request(stage.reference))
-    return [*requests, *scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
+        asked.append(reference_request(stage.reference))
+    return [*asked, *scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
 
 
 def _has_reference(stage: schema.Ppo) -> bool:
@@ -60,15 +61,14 @@ def _has_reference(stage: schema.Ppo) -> bool:
 def _start(actors: Actors, stage: schema.Ppo, *, max_length: int) -> PpoGroups:
     settings = stage.critic_role
     shared_trunk = settings is not None and settings.kind == "value_head"
-    warmup = settings.warmup_iterations if settings is not None else 0
-    steps = stage.epochs * stage.mini_batches
+    steps = optimizer_steps(stage)
     temperature = stage.sampling.temperature
     generator = actors.generator(stage.generator, max_length=max_length)
     policy = actors.learner(
         "policy",
         stage.policy,
         head="both" if shared_trunk else "none",
-        total_steps=(stage.iterations - warmup) * steps,
+        total_steps=steps["policy"],
         temperature=temperature,
     )
     critic: WorkerGroup[Learner] | None = policy if shared_trunk else None
@@ -77,7 +77,7 @@ def _start(actors: Actors, stage: schema.Ppo, *, max_length: int) -> PpoGroups:
             "critic",
             settings,
             head="value",
-            total_steps=stage.iterations * steps,
+            total_steps=steps["critic"],
             model=None if settings.model is None else str(settings.model),
             revision=settings.revision,
             temperature=temperature,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from rlhf_ray.config import schema
+from rlhf_ray.distributed.placement import RoleRequest
 from rlhf_ray.stages.actors import Actors, learner_request
 from rlhf_ray.stages.site import LearnerParts, Site
 from rlhf_ray.trainers.reward_model import score_statistics, train_reward_model
@@ -18,7 +19,7 @@ def run_supervised(site: Site, stage: schema.Sft | schema.RewardModel) -> None:
     total = total_steps(stage, data.train)
     with (
         site.stage_run(stage, total=total, data=data) as run,
-        site.cluster.reserve([learner_request("policy", stage.policy)]) as placement,
+        site.cluster.reserve(requests(stage)) as placement,
     ):
         actors = Actors(site, stage, placement, model)
         policy = actors.learner(
@@ -38,3 +39,8 @@ def run_supervised(site: Site, stage: schema.Sft | schema.RewardModel) -> None:
             run.start_or_resume(LearnerParts({"policy": policy}, notes=notes))
             train_reward_model(stage, policy, data.train, data.held_out, run)
         run.finish()
+
+
+def requests(stage: schema.Sft | schema.RewardModel) -> list[RoleRequest]:
+    """What the stage's one role asks for."""
+    return [learner_request("policy", stage.policy)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,17 +90,22 @@ class Origin:
     policy_version: int
 
 
-def batches(config: schema.Collect, prompts: PromptSet) -> int:
+def batches(config: schema.Collect, prompts: Sized) -> int:
     """Batches of the whole stage; the last may be smaller."""
     return math.ceil((config.prompts or len(prompts)) / config.prompts_per_batch)
 
 
+def places_of(config: schema.Collect, prompts: Sized, iteration: int) -> range:
+    """The places of a batch's prompts, from batch 1: of the data, or of its endless stream where `prompts` is set."""
+    start = (iteration - 1) * config.prompts_per_batch
+    return range(start, min(start + config.prompts_per_batch, config.prompts or len(prompts)))
+
+
 def batch_of(config: schema.Collect, prompts: PromptSet, iteration: int) -> Prompts:
     """The prompts of a batch, from 1."""
-    start = (iteration - 1) * config.prompts_per_batch
-    if config.prompts is None:
-        return prompts.rows(start, config.prompts_per_batch)
-    return prompts.take(start, min(config.prompts_per_batch, config.prompts - start))
+    places = places_of(config, prompts, iteration)
+    take = prompts.rows if config.prompts is None else prompts.take
+    return take(places.start, len(places))
 
 
 def collect(

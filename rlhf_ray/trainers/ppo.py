@@ -95,6 +95,15 @@ def train_ppo(
         run.finish_iteration(metrics)
 
 
+def optimizer_steps(config: schema.Ppo) -> dict[str, int]:
+    """Optimizer steps of the whole stage by role; of the critic where it is a network of its own."""
+    each = config.epochs * config.mini_batches
+    critic = config.critic_role
+    if critic is None or critic.kind == "value_head":
+        return {"policy": (config.iterations - (critic.warmup_iterations if critic else 0)) * each}
+    return {"policy": (config.iterations - critic.warmup_iterations) * each, "critic": config.iterations * each}
+
+
 def unmeasured(config: schema.Ppo) -> tuple[str, ...]:
     """Beginnings of the names of metrics that say nothing in this pipeline."""
     without_reference = ("kl/",) if config.kl_place == "off" else ()

@@ -6,6 +6,7 @@ import math
 
 from rlhf_ray.config import schema
 from rlhf_ray.data.preferences import PreferenceSet
+from rlhf_ray.data.streams import Stream
 from rlhf_ray.data.texts import TextSet
 from rlhf_ray.distributed.groups import WorkerGroup
 from rlhf_ray.trainers.metrics import prefixed
@@ -14,7 +15,7 @@ from rlhf_ray.workers.learner import Learner
 from rlhf_ray.workers.objectives import LanguageObjective
 
 
-def total_steps(config: schema.Sft | schema.RewardModel | schema.Dpo, data: TextSet | PreferenceSet) -> int:
+def total_steps(config: schema.Sft | schema.RewardModel | schema.Dpo, data: TextSet | PreferenceSet | Stream) -> int:
     """Optimizer steps of the whole stage."""
     if config.steps is not None:
         return config.steps

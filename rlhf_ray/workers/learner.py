@@ -21,7 +21,7 @@ from rlhf_ray.algorithms.logprobs import Entropy
 from rlhf_ray.algorithms.masked import unit_count
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Batch, Sequences
-from rlhf_ray.data.packing import balance, plan_micro_batches, token_budget
+from rlhf_ray.data.packing import balance, cut_mini_batches, learner_micro_batches, token_budget
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.distributed.faults import fault
 from rlhf_ray.distributed.memory import peak_memory_gib
@@ -261,7 +261,7 @@ class Learner:
             torch.manual_seed(derive_seed(self.seed, "dropout", self.place.role, self.place.rank, iteration, epoch))
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "mini_batch", iteration, epoch))
             order = torch.randperm(len(batch), generator=generator)
-            for rows in order.tensor_split(min(mini_batches, len(batch))):
+            for rows in cut_mini_batches(order, mini_batches):
                 steps.append(self._step(batch.select(sorted(rows.tolist())), objective, poison=poison))
         applied = [step for step in steps if math.isfinite(step["grad_norm"])] or steps
         metrics = {name: sum(step[name] for step in applied) / len(applied) for name in applied[0]}
@@ -320,12 +320,8 @@ class Learner:
 
     def _micro_batches(self, costs: SequenceInt, together: int = 1) -> list[list[int]]:
         """Rows of `together` sequences each, cut by their tokens."""
-        most = self.config.micro_batch_sequences
-        return plan_micro_batches(
-            costs.tolist(),
-            max_tokens=token_budget(self.config.micro_batch_tokens, self.device),
-            max_sequences=None if most is None else max(1, most // together),
-            padded=self.layout == "padded",
+        return learner_micro_batches(
+            self.config, costs.tolist(), device=self.device, padded=self.layout == "padded", together=together
         )
 
     def _most(self, number: int) -> int:

@@ -61,5 +61,5 @@ def test_the_reference_has_workers_unless_the_policy_answers(changes: dict[str, 
     pairs: Any = PreferenceSet({}, [], [], None)  # type: ignore[arg-type]
     data = StageData(pairs, None, tokenizer=None)  # type: ignore[arg-type]
     has_reference = dpo._has_reference(settings, data, None, RUN)
-    requests = dpo._requests(settings, has_reference=has_reference, gpus=0)
+    requests = dpo.requests(settings, has_reference=has_reference, gpus=0)
     assert [request.role for request in requests] == roles

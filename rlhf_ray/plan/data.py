@@ -1,4 +1,4 @@
-"""What can be known of a pipeline before anything is started."""
+"""The rows of every stage's data, read and checked."""
 
 from __future__ import annotations
 

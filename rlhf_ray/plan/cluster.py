@@ -1,0 +1,90 @@
+"""What a plan is made for: a cluster described by a text, this machine, or nothing in particular."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_ray.distributed.placement import Capacity, Share
+from rlhf_ray.errors import ConfigError
+
+PLENTY = 1_000_000.0
+"""Stands for as many as are asked for."""
+_TEXT = re.compile(r"(?P<nodes>\d+)x(?P<each>\d+)x(?P<name>[A-Za-z][\w+]*)-(?P<memory>\d+(\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class ClusterShape:
+    """Nodes that are all alike.
+
+    Args:
+        text: as the user named it.
+        nodes: how many.
+        cpus: CPU cores of each; PLENTY where nothing is said of them.
+        gpus: GPUs of each; PLENTY where nothing is said of them.
+        gpu_gib: memory of each GPU; None where it is not known.
+        host_gib: memory of each node; None where it is not known.
+    """
+
+    text: str
+    nodes: int
+    cpus: float
+    gpus: float
+    gpu_gib: float | None
+    host_gib: float | None
+
+    @property
+    def node(self) -> Share:
+        """What one node has."""
+        return Share(self.cpus, self.gpus)
+
+    @property
+    def all_nodes(self) -> Sequence[Share]:
+        """Every node."""
+        return [self.node] * self.nodes
+
+    def capacity(self) -> Capacity:
+        """All of it, which is all free."""
+        cpus, gpus = self.nodes * self.cpus, self.nodes * self.gpus
+        return Capacity(cpus, gpus, cpus, gpus, self.all_nodes)
+
+
+def unnamed_cluster() -> ClusterShape:
+    """As many GPUs and CPU cores as are asked for."""
+    return ClusterShape("a GPU for every worker", 1, PLENTY, PLENTY, None, None)
+
+
+def parse_cluster(text: str) -> ClusterShape:
+    """`2x8xH100-80` as 2 nodes of 8 GPUs with 80 GiB each; `2x16xCPU-64` as 2 nodes of 16 cores and 64 GiB, no GPU.
+
+    Raises:
+        ConfigError: it is not of this form.
+    """
+    found = _TEXT.fullmatch(text.strip())
+    if found is None or not all(float(found[part]) for part in ("nodes", "each", "memory")):
+        raise ConfigError(
+            f"--cluster: got {text!r}, wanted NODESxGPUSxNAME-GB, such as 2x8xH100-80 for 2 nodes of 8 GPUs with "
+            "80 GB each, or 2x16xCPU-64 for 2 nodes of 16 CPU cores and 64 GB without a GPU"
+        )
+    nodes, each, memory = int(found["nodes"]), float(found["each"]), float(found["memory"])
+    if found["name"].upper() == "CPU":
+        return ClusterShape(text.strip(), nodes, each, 0.0, None, memory)
+    return ClusterShape(text.strip(), nodes, PLENTY, each, memory, None)
+
+
+def this_machine() -> ClusterShape:
+    """The cores, GPUs and memory of this machine."""
+    import psutil
+    import torch
+
+    gpus = torch.cuda.device_count()
+    smallest = min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=0) / 2**30
+    return ClusterShape(
+        text="this machine",
+        nodes=1,
+        cpus=float(psutil.cpu_count() or 1),
+        gpus=float(gpus),
+        gpu_gib=smallest or None,
+        host_gib=psutil.virtual_memory().total / 2**30,
+    )

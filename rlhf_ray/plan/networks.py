@@ -1,0 +1,217 @@
+"""Sizes of a network from its config.json alone: parameters, what a forward pass keeps for the backward pass, keys.
+
+The network is built without memory (torch's meta device and fake tensors), so every architecture is counted as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from rlhf_ray.config import schema
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.attention import attend, set_attention_by_rows
+from rlhf_ray.models.heads import hidden_size, switch_off_dropout
+from rlhf_ray.models.loading import load_config, new_config, quiet_transformers, torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Kind = Literal["language_model", "critic", "language_model_and_critic", "classifier"]
+Device = Literal["cpu", "cuda"]
+_CAPS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass(frozen=True)
+class Network:
+    """Sizes of a network.
+
+    Args:
+        parameters: all of them, those used twice counted once.
+        trained: those that get gradients.
+        quantisable: those in linear layers, which QLoRA holds in 4 bits.
+        largest: of the largest single tensor.
+        layers: number of blocks.
+        hidden: width of the hidden states.
+        vocabulary: outputs of its output layer; 0 where it has none.
+        full_logits: whether the logits of all tokens lie in memory at once.
+        kept_per_token: bytes that a forward pass keeps for the backward pass, for each token.
+        key_value_elements: elements of keys and values that one token has in an engine's cache.
+    """
+
+    parameters: int
+    trained: int
+    quantisable: int
+    largest: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    full_logits: bool
+    kept_per_token: float
+    key_value_elements: int
+
+
+def model_config(config: schema.Pipeline, name: str | schema.NewModel, revision: str | None) -> PretrainedConfig:
+    """The configuration behind a model's name in a pipeline; of an earlier stage's model that of what it started from.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    made = {schema.STAGE + stage.name: stage.policy for stage in config.stages}
+    while isinstance(name, str) and (policy := made.get(name)) is not None:
+        name, revision = policy.model, policy.revision
+    if isinstance(name, schema.NewModel):
+        return new_config(name)
+    quiet_transformers()
+    return load_config(name, revision)
+
+
+def network(
+    model: PretrainedConfig,
+    kind: Kind,
+    *,
+    dtype: schema.DType,
+    lora: schema.Lora | None,
+    row_tokens: int,
+    device: Device,
+) -> Network:
+    """Sizes of a network.
+
+    Args:
+        model: its configuration.
+        kind: what stands on its trunk.
+        dtype: type of the weights.
+        lora: the adapter that is trained instead of the whole network.
+        row_tokens: tokens of the rows that it reads, for what attention keeps.
+        device: where it computes; on a CPU attention keeps float32 whatever the weights are.
+
+    Raises:
+        ConfigError: there is no such network of this architecture.
+    """
+    key = model.to_json_string(use_diff=False)
+    return _network(_Configured(key, model), kind, dtype, lora, row_tokens, device)
+
+
+@dataclass(frozen=True)
+class _Configured:
+    """A configuration that can be a key."""
+
+    key: str
+    config: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Configured) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@cache
+def _network(
+    configured: _Configured,
+    kind: Kind,
+    dtype: schema.DType,
+    lora: schema.Lora | None,
+    row_tokens: int,
+    device: Device,
+) -> Network:
+    config = configured.config
+    with torch.device("meta"):
+        built = _build(config, kind, dtype)
+        if lora is not None:
+            from rlhf_ray.models.lora import add_adapter
+
+            add_adapter(built, lora, seed=0, where="lora", trained=("score",) if kind == "classifier" else ())
+    of_network = list((built.base_model if kind == "critic" else built).parameters())
+    head = (hidden_size(built) + 1) if kind in ("critic", "language_model_and_critic") else 0
+    output = built.get_output_embeddings() if kind.startswith("language") else None
+    text = config.get_text_config()
+    return Network(
+        parameters=sum(each.numel() for each in of_network) + head,
+        trained=sum(each.numel() for each in of_network if each.requires_grad) + head,
+        quantisable=_quantisable(built, output),
+        largest=max(each.numel() for each in of_network),
+        layers=int(text.num_hidden_layers),
+        hidden=int(text.hidden_size),
+        vocabulary=0 if output is None else int(output.weight.shape[0]),
+        full_logits=any(getattr(text, name, None) not in (None, 1, 1.0) for name in _CAPS),
+        kept_per_token=_kept_bytes(config, kind, dtype, row_tokens, device) / row_tokens,
+        key_value_elements=_key_values(text),
+    )
+
+
+def _build(config: Any, kind: Kind, dtype: schema.DType) -> PreTrainedModel:
+    import transformers
+
+    auto = (
+        transformers.AutoModelForSequenceClassification if kind == "classifier" else transformers.AutoModelForCausalLM
+    )
+    try:
+        built: PreTrainedModel = auto.from_config(config, dtype=torch_dtype(dtype), attn_implementation="sdpa")
+    except ValueError as error:
+        raise ConfigError(f"{config.name_or_path or config.model_type}: {str(error).splitlines()[0]}") from error
+    switch_off_dropout(built)
+    return built.train()
+
+
+def _kept_bytes(config: Any, kind: Kind, dtype: schema.DType, tokens: int, device: Device) -> int:
+    """Bytes of what one row keeps between forward and backward pass, the parameters aside; without an adapter."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        built = _build(config, kind, dtype)
+        set_attention_by_rows(built, None if device == "cpu" else _attention_of_a_gpu)
+        try:
+            return _kept(built, tokens)
+        except (TypeError, ValueError, NotImplementedError):
+            built.set_attn_implementation("sdpa")
+            return _kept(built, tokens)
+
+
+def _attention_of_a_gpu(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **other: Any,
+) -> tuple[torch.Tensor, None]:
+    if attention_mask is not None or other.get("softcap") is not None:
+        raise NotImplementedError("attention with a mask of its own")
+    return attend(query, key, value, dropout=0.0, scaling=scaling, window=sliding_window).transpose(1, 2), None
+
+
+def _kept(built: PreTrainedModel, tokens: int) -> int:
+    own = {each.untyped_storage()._cdata for each in built.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        built.base_model(input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False)
+    # Holding on to the storages keeps their numbers from being given to others.
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _quantisable(built: PreTrainedModel, output: Any) -> int:
+    linear: Sequence[torch.nn.Linear] = [
+        module for module in built.modules() if isinstance(module, torch.nn.Linear) and module is not output
+    ]
+    return sum(module.weight.numel() for module in linear if not module.weight.requires_grad)
+
+
+def _key_values(text: Any) -> int:
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    each = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * each)

@@ -1,0 +1,258 @@
+"""A pipeline's plan as a whole, as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_ray.config import schema
+from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
+from rlhf_ray.plan.cluster import PLENTY, ClusterShape
+from rlhf_ray.plan.data import check_data
+from rlhf_ray.plan.memory import RoleMemory, StageMemory, plan_memory
+from rlhf_ray.plan.placement import StagePlacement, plan_placement
+
+_UNKNOWN = "?"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pipeline needs.
+
+    Args:
+        cluster: what it was made for.
+        named: whether the user named a cluster.
+        placement: what is reserved, in the order of time.
+        arithmetic: each stage in numbers.
+        memory: of what is reserved, in the same order as the placement.
+    """
+
+    cluster: ClusterShape
+    named: bool
+    placement: tuple[StagePlacement, ...]
+    arithmetic: tuple[StageArithmetic, ...]
+    memory: tuple[StageMemory, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the cluster has room for every stage, in workers and, as far as it is known, in memory."""
+        return all(each.shortage is None for each in self.placement) and all(m.fits is not False for m in self.memory)
+
+
+def make_plan(config: schema.Pipeline, cluster: ClusterShape, *, named: bool) -> Plan:
+    """The plan of a pipeline; reads and checks its data, and starts nothing.
+
+    Raises:
+        UserError: data is wrong, or a model cannot be read.
+    """
+    rows = check_data(config)
+    gpus = cluster.nodes * cluster.gpus
+    strategy = config.placement.strategy
+    placement, numbers, memory = [], [], []
+    for stage in config.stages:
+        found = arithmetic(stage, known_rows(stage, rows[stage.name]), gpus=gpus)
+        reserved = plan_placement(stage, cluster, strategy=strategy)
+        numbers.append(found)
+        placement += reserved
+        memory += [plan_memory(config, stage, each, found, cluster) for each in reserved]
+    return Plan(cluster, named, tuple(placement), tuple(numbers), tuple(memory))
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON can write it; what is not limited or not known is null."""
+    return {"fits": plan.fits if plan.named else None} | {
+        name: _plain(value) for name, value in asdict(plan).items() if name != "named"
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and value >= PLENTY else value
+
+
+def plan_tables(plan: Plan) -> RenderableType:
+    """The tables, each under its heading."""
+    parts: list[RenderableType] = [_heading("Batches"), _arithmetic_table(plan.arithmetic)]
+    parts += [_heading(f"Placement on {plan.cluster.text}"), _placement_table(plan)]
+    parts += [Text(line) for line in _placement_lines(plan)]
+    parts += [_heading("\nMemory of one worker at its peak, GiB"), _memory_table(plan.memory)]
+    parts += [Text(line) for line in _memory_lines(plan)]
+    return Group(*parts)
+
+
+def _heading(text: str) -> Text:
+    return Text(text, style="bold")
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+def _arithmetic_table(stages: Sequence[StageArithmetic]) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage.stage, justify="right")
+    for name, cell in _ARITHMETIC.items():
+        cells = [cell(stage) for stage in stages]
+        if any(cells):
+            table.add_row(name, *cells)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return _UNKNOWN if value is None else f"{value:,.3g}" if value < 100 and value != int(value) else f"{value:,.0f}"
+
+
+def _sizes(sizes: dict[int, int], *, always: bool = False) -> str:
+    """`3 x 16, 1 x 12`; nothing for none."""
+    return ", ".join(f"{number:,} x {size:,}" for size, number in sizes.items())
+
+
+def _of_learners(stage: StageArithmetic, value: Callable[[Any], str]) -> str:
+    found = {role: value(learner) for role, learner in stage.learners.items()}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{role} {text}" for role, text in found.items())
+
+
+_ARITHMETIC: dict[str, Callable[[StageArithmetic], str]] = {
+    "rows of data": lambda s: _number(s.rows),
+    "passes over them": lambda s: _number(s.passes),
+    "iterations": lambda s: _number(s.iterations),
+    "batch": lambda s: f"{s.batch:,} {s.unit}",
+    "smaller batches": lambda s: _sizes(s.last_batches),
+    "samples of a batch": lambda s: _number(s.samples) if s.samples else "",
+    "handed over in": lambda s: _sizes(s.chunks),
+    "sampled ahead": lambda s: f"{s.staleness} iteration" if s.staleness else "",
+    "epochs of a batch": lambda s: _number(s.epochs) if s.epochs > 1 else "",
+    "mini-batches": lambda s: _sizes(s.mini_batches),
+    "longest row, tokens": lambda s: _of_learners(s, lambda each: _number(each.row_tokens)),
+    "micro-batches of such rows": lambda s: _of_learners(s, lambda each: _number(each.micro_batches)),
+    "steps per iteration": lambda s: _number(s.steps) if s.steps else "",
+    "optimizer steps in all": lambda s: _of_learners(s, lambda each: _number(each.steps)),
+}
+
+
+# ----------------------------------------------------------------------------------- placement
+
+
+def _placement_table(plan: Plan) -> Table:
+    several = plan.cluster.nodes > 1
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("stage")
+    table.add_column("role")
+    for heading in ("workers", "CPUs each", "GPUs each"):
+        table.add_column(heading, justify="right")
+    table.add_column("bundles" + (" (workers on node)" if several else ""))
+    for stage in plan.placement:
+        name = f"{stage.stage}, {stage.while_}" if stage.while_ else stage.stage
+        for role in stage.roles:
+            nodes = ", ".join(f"{count} on {node + 1}" for node, count in sorted(role.nodes.items()))
+            bundle = ", ".join(f"{what} {amount:g}" for what, amount in role.share.bundle().items())
+            table.add_row(
+                name,
+                role.role,
+                str(role.workers),
+                f"{role.share.cpus:g}",
+                f"{role.share.gpus:g}",
+                f"{role.workers} x {{{bundle}}}" + (f" ({nodes})" if several and nodes else ""),
+            )
+            name = ""
+        table.add_row("", "together", "", f"{stage.wanted.cpus:g}", f"{stage.wanted.gpus:g}", _groups(stage))
+        table.add_section()
+    return table
+
+
+def _groups(stage: StagePlacement) -> str:
+    count = len(stage.groups)
+    return f"{sum(map(len, stage.groups))} in {count} placement group{'s' if count > 1 else ''}"
+
+
+def _placement_lines(plan: Plan) -> list[str]:
+    cluster = plan.cluster
+    lines = []
+    if not plan.named:
+        lines.append(
+            "No cluster is named: every worker gets what it asks for. --here or --cluster 2x8xH100-80 compares."
+        )
+    else:
+        cpus = "unknown CPUs" if cluster.cpus >= PLENTY else f"{cluster.cpus:g} CPUs"
+        lines.append(f"There are {cluster.nodes} x ({cpus}, {cluster.gpus:g} GPUs).")
+    for stage in plan.placement:
+        if stage.shortage is not None:
+            lines.append(f"{stage.stage} does NOT fit: {stage.shortage}")
+            lines += [f"  it would with {change}" for change in stage.changes]
+    if plan.named and all(stage.shortage is None for stage in plan.placement):
+        lines.append("Every stage has its workers' room.")
+    return lines
+
+
+# -------------------------------------------------------------------------------------- memory
+
+_PARTS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "Adam",
+    "activations": "activ.",
+    "logits": "logits",
+    "cache": "cache",
+    "buckets": "buckets",
+    "sync": "sync",
+    "reserve": "reserve",
+}
+
+
+def _memory_table(stages: Sequence[StageMemory]) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("stage", "role", "on"):
+        table.add_column(heading, overflow="fold")
+    shown = [part for part in _PARTS if any(part in role.parts for stage in stages for role in stage.roles)]
+    for heading in (*(_PARTS[part] for part in shown), "total", "room"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage in stages:
+        name = f"{stage.stage}, {stage.while_}" if stage.while_ else stage.stage
+        for role in stage.roles:
+            cells = [_gib(role.parts.get(part)) for part in shown]
+            table.add_row(name, role.role, role.device, *cells, _gib(role.total), _room(role))
+            name = ""
+        total, room = _gib(stage.host), _gib(stage.host_room)
+        table.add_row("", "the fullest node", "host", *[""] * len(shown), total, room)
+        table.add_section()
+    return table
+
+
+def _gib(value: float | None) -> str:
+    return "" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _room(role: RoleMemory) -> str:
+    return _gib(role.room)
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    lines = []
+    for stage in plan.memory:
+        for role in stage.roles:
+            where = f"{stage.stage} {role.role}"
+            if role.note:
+                lines.append(f"{where}: {role.note}.")
+            if role.fits is False:
+                lines.append(f"{where} does NOT fit: {_gib(role.total)} GiB for {_gib(role.room)} GiB of its GPU.")
+                lines += [f"  what helps most: {role.advice}"] if role.advice else []
+        if stage.host_room is not None and stage.host > stage.host_room:
+            lines.append(
+                f"{stage.stage} does NOT fit: {_gib(stage.host)} GiB for a node's {_gib(stage.host_room)} GiB."
+            )
+            lines += [f"  what helps most: {stage.advice}"] if stage.advice else []
+    if plan.named and all(stage.fits for stage in plan.memory):
+        lines.append("Every stage has the memory that it needs.")
+    return lines

@@ -1,0 +1,88 @@
+"""`rlhf-ray plan` as a user sees it; nothing is started."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.cli import main
+
+PIPELINE = "pipelines/quickstart.yaml"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | str | None, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+def test_the_quickstart_on_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80")
+    assert code == 0
+    assert not ray.is_initialized()
+    for words in ("optimizer steps in all", "1 x {CPU 1, GPU 1}", "reward/sentiment", "Every stage has"):
+        assert words in out
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, PIPELINE, "ppo.policy.workers=9", "--cluster", "1x8xH100-80", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["fits"] is False
+    assert [stage["stage"] for stage in plan["arithmetic"]] == ["sft", "reward_model", "ppo"]
+    (ppo,) = [each for each in plan["placement"] if each["stage"] == "ppo"]
+    assert "policy needs 9 GPUs" in ppo["shortage"]
+    assert plan["memory"][-1]["roles"][0]["parts"]["weights"] > 0
+    assert plan["cluster"]["cpus"] is None
+
+
+def test_without_a_cluster_nothing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, PIPELINE, "--json")
+    assert (code, json.loads(out)["fits"]) == (0, None)
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, PIPELINE, "--here")
+    assert code == 0
+    assert "Placement on this machine" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cluster", "two H100"], "--cluster: got 'two H100', wanted NODESxGPUSxNAME-GB"),
+        (["--cluster", "1x1xA-1", "--here"], "got both of --here and --cluster"),
+        (["ppo.iterations=none"], "ppo.iterations"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, PIPELINE, *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_model_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "no_such_architecture"}')
+    code, out, err = run(capsys, PIPELINE, f"ppo.reference.model={model}")
+    assert (code, out) == (2, "")
+    assert str(model) in err
+    assert "Traceback" not in err
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
+    import subprocess
+
+    code = "import sys, rlhf_ray.plan_command; print({'torch', 'ray'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.stdout.strip() == "set()"

@@ -1,5 +1,5 @@
-"""The command line: `rlhf-ray run | resume | check | plan | settings | evaluate | generate | report | bench | doctor`, and
-`submit | status | logs | stop | list` for runs on a cluster (submit.py).
+"""The command line: `rlhf-ray run | resume | check | plan | settings | evaluate | generate | report | bench | doctor`;
+for runs on a cluster `submit | status | logs | stop | list` (submit.py).
 
 Exit codes: 0 done, 1 an error, 2 a mistake in the user's input, 130 after Ctrl-C, 143 after SIGTERM.
 torch and Ray are imported only once a pipeline file is found right.

@@ -22,7 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli as ray_cli
 
 from rlhf_ray.config.load import load_pipeline
-from rlhf_ray.distributed.gauges import gauge_name
+from rlhf_ray.distributed.gauges import OWN, gauge_name
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "cluster"
@@ -556,7 +556,7 @@ def ray_metrics() -> set[str]:
 @functools.cache
 def own_metrics() -> frozenset[str]:
     """Patterns of the gauges of all metrics whose names stand in the package's source, f-strings included."""
-    patterns = {gauge_name("iteration")}
+    patterns = set(map(gauge_name, OWN))
     # What benchmarks measure is no metric of a run.
     for path in (path for path in (REPOSITORY / "rlhf_ray").rglob("*.py") if path.parent.name != "bench"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from rlhf_ray.config.load import dump_pipeline
@@ -92,12 +92,11 @@ def head() -> Iterator[Head]:
         wait_for_jobs_api(address, process, log)
         yield Head(address, environment)
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=30)
+        started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        for left in psutil.wait_procs(started, timeout=30)[1]:
+            left.kill()
+        process.wait(timeout=30)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -137,28 +137,30 @@ class JobServer:
             command: shell command.
             folder: becomes the working directory of the command and of all workers.
             variables: environment of both; anybody who reaches the cluster can read them, so never a secret.
-            metadata: noted with the job; as readable.
+            metadata: noted with the job, and as readable.
 
         Raises:
             ConfigError: the cluster refuses it.
             LostError: it took longer than UPLOAD_S.
         """
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        client = JobSubmissionClient(self.address, headers=dict(self._headers))
         environment = {"working_dir": str(folder), "env_vars": dict(variables)}
-        try:
-            _within(
-                UPLOAD_S,
-                lambda: client.submit_job(
-                    entrypoint=command, submission_id=job_id, runtime_env=environment, metadata=dict(metadata)
-                ),
+
+        def send() -> None:
+            client = JobSubmissionClient(self.address, headers=dict(self._headers))
+            client.submit_job(
+                entrypoint=command, submission_id=job_id, runtime_env=environment, metadata=dict(metadata)
             )
+
+        try:
+            _within(UPLOAD_S, send)
         except TimeoutError:
             raise LostError(f"{self.address} did not take the upload within {UPLOAD_S:g} s") from None
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, RayError) as error:
             raise ConfigError(f"{self.address} refuses the job: {_first_line(error)}") from None
 
     def wait(self, job_id: str, *, timeout_s: float) -> Job:

@@ -40,7 +40,9 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert [stage["stage"] for stage in plan["arithmetic"]] == ["sft", "reward_model", "ppo"]
     (ppo,) = [each for each in plan["placement"] if each["stage"] == "ppo"]
     assert "policy needs 9 GPUs" in ppo["shortage"]
-    assert plan["memory"][-1]["roles"][0]["parts"]["weights"] > 0
+    policy = plan["memory"][-1]["roles"][0]
+    assert policy["total"] == pytest.approx(sum(policy["parts"].values()))
+    assert policy["fits"] is True
     assert plan["cluster"]["cpus"] is None
 
 

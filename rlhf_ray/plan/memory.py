@@ -247,6 +247,8 @@ class _Planner:
         width = torch_dtype(settings.dtype).itemsize
         parts = {"weights": net.parameters * width / split}
         if device.type == "cpu":
+            # The pages of the model's file that the engine has read stay resident beside its weights.
+            parts["file"] = parts["weights"]
             parts["cache"] = float(cache_bytes(settings, self._model(None, None), max_model_len=self._longest))
         if self._syncs:
             policy: Any = self._stage.policy

@@ -207,6 +207,7 @@ _PARTS = {
     "optimizer": "Adam",
     "activations": "activ.",
     "logits": "logits",
+    "file": "file",
     "cache": "cache",
     "buckets": "buckets",
     "sync": "sync",

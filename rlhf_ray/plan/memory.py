@@ -237,7 +237,8 @@ class _Planner:
         net = self._network(settings.model, settings.revision, kind, settings.dtype, device)
         rows = math.ceil(self._numbers.samples / placed.workers) if self._numbers.samples else 2**30
         tokens = _tokens(settings.micro_batch_tokens, device, rows=rows, longest=self._longest)
-        return scorer_parts(net, settings.dtype, tokens=tokens, device=device.type), 0.0
+        host = float(net.parameters) * torch_dtype(settings.dtype).itemsize if device.type == "cuda" else 0.0
+        return scorer_parts(net, settings.dtype, tokens=tokens, device=device.type), host
 
     def _generator(self, placed: RolePlacement, settings: schema.Generator) -> tuple[dict[str, float], float]:
         device = _device(placed)
@@ -246,6 +247,8 @@ class _Planner:
         width = torch_dtype(settings.dtype).itemsize
         parts = {"weights": net.parameters * width / split}
         if device.type == "cpu":
+            # The pages of the model's file that the engine has read stay resident beside its weights.
+            parts["file"] = parts["weights"]
             parts["cache"] = float(cache_bytes(settings, self._model(None, None), max_model_len=self._longest))
         if self._syncs:
             policy: Any = self._stage.policy
@@ -402,9 +405,10 @@ def learner_parts(
             gradients = trained * width + 4 * part
         case _:
             gradients = 2 * 4 * part
-    host = 0.0
+    # A model is read into host memory first, as a whole by every worker.
+    host = float(net.parameters) * width if device == "cuda" else 0.0
     if settings.cpu_offload and stage > 0:
-        host, optimizer = optimizer + 4 * part, 0.0
+        host, optimizer = max(host, optimizer + 4 * part), 0.0
         gradients = trained * width if stage == 1 else bucket
     activations = net.kept_per_token * tokens
     layer = activations / net.layers

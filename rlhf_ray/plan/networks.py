@@ -164,12 +164,12 @@ def _kept_bytes(config: Any, kind: Kind, dtype: schema.DType, tokens: int, devic
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         built = _build(config, kind, dtype)
-        set_attention_by_rows(built, None if device == "cpu" else _attention_of_a_gpu)
         try:
-            return _kept(built, tokens)
+            set_attention_by_rows(built, None if device == "cpu" else _attention_of_a_gpu)
+            return _kept(built, tokens, causal=True)
         except (TypeError, ValueError, NotImplementedError):
             built.set_attn_implementation("sdpa")
-            return _kept(built, tokens)
+            return _kept(built, tokens, causal=kind != "classifier")
 
 
 def _attention_of_a_gpu(
@@ -187,7 +187,7 @@ def _attention_of_a_gpu(
     return attend(query, key, value, dropout=0.0, scaling=scaling, window=sliding_window).transpose(1, 2), None
 
 
-def _kept(built: PreTrainedModel, tokens: int) -> int:
+def _kept(built: PreTrainedModel, tokens: int, *, causal: bool) -> int:
     own = {each.untyped_storage()._cdata for each in built.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -198,8 +198,10 @@ def _kept(built: PreTrainedModel, tokens: int) -> int:
         return tensor
 
     ids = torch.zeros(1, tokens, dtype=torch.long)
+    # Classifiers that read in both directions take no positions and have no cache.
+    left_to_right = {"position_ids": torch.arange(tokens)[None], "use_cache": False} if causal else {}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        built.base_model(input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False)
+        built.base_model(input_ids=ids, **left_to_right)
     # Holding on to the storages keeps their numbers from being given to others.
     return sum(storage.nbytes() for storage in kept.values())
 

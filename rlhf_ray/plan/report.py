@@ -66,9 +66,12 @@ def make_plan(config: schema.Pipeline, cluster: ClusterShape, *, named: bool) ->
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON can write it; what is not limited or not known is null."""
-    return {"fits": plan.fits if plan.named else None} | {
-        name: _plain(value) for name, value in asdict(plan).items() if name != "named"
-    }
+    found: dict[str, Any] = _plain(asdict(plan))
+    for stage, written in zip(plan.memory, found["memory"], strict=True):
+        written["fits"] = stage.fits
+        for role, of_role in zip(stage.roles, written["roles"], strict=True):
+            of_role |= {"total": role.total, "fits": role.fits}
+    return {"fits": plan.fits if found.pop("named") else None} | found
 
 
 def _plain(value: Any) -> Any:
@@ -204,6 +207,7 @@ _PARTS = {
     "optimizer": "Adam",
     "activations": "activ.",
     "logits": "logits",
+    "file": "file",
     "cache": "cache",
     "buckets": "buckets",
     "sync": "sync",
@@ -231,7 +235,9 @@ def _memory_table(stages: Sequence[StageMemory]) -> Table:
 
 
 def _gib(value: float | None) -> str:
-    return "" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+    if value is None or 0 < value < 0.005:
+        return "" if value is None else "<0.01"
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def _room(role: RoleMemory) -> str:

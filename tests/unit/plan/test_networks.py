@@ -57,6 +57,24 @@ def test_parameters_of_an_adapter(family: str) -> None:
     assert found.trained == sum(parameter.numel() for parameter in real.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("family", ["DistilBert", "Bert", "Roberta"])
+def test_classifiers_that_read_both_ways(family: str, device: Any) -> None:
+    sizes = {
+        "hidden_size": 32,
+        "dim": 32,
+        "num_hidden_layers": 2,
+        "n_layers": 2,
+        "num_attention_heads": 4,
+        "n_heads": 4,
+    }
+    config = getattr(transformers, f"{family}Config")(vocab_size=60, intermediate_size=40, hidden_dim=40, **sizes)
+    real = transformers.AutoModelForSequenceClassification.from_config(config)
+    found = network(config, "classifier", dtype="float32", lora=None, row_tokens=8, device=device)
+    assert found.parameters == sum(parameter.numel() for parameter in real.parameters())
+    assert found.kept_per_token > 0
+
+
 def test_a_classifier_has_its_own_head() -> None:
     config = transformers.LlamaConfig(**COMMON, num_labels=1)
     real = transformers.AutoModelForSequenceClassification.from_config(config)

@@ -32,6 +32,14 @@ def test_the_quickstart_on_a_cluster(capsys: pytest.CaptureFixture[str]) -> None
     assert max(map(len, out.splitlines())) <= 120
 
 
+def test_the_example_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    section = Path("README.md").read_text().split("## What a pipeline needs\n")[1].split("\n## ")[0]
+    command = section.split("```bash\nrlhf-ray plan ")[1].split("#")[0].split()
+    example = section.split("```text\n")[1].split("```")[0]
+    _, out, _ = run(capsys, *command)
+    assert example.split() == out.split()
+
+
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, PIPELINE, "ppo.policy.workers=9", "--cluster", "1x8xH100-80", "--json")
     plan = json.loads(out)
@@ -40,7 +48,9 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert [stage["stage"] for stage in plan["arithmetic"]] == ["sft", "reward_model", "ppo"]
     (ppo,) = [each for each in plan["placement"] if each["stage"] == "ppo"]
     assert "policy needs 9 GPUs" in ppo["shortage"]
-    assert plan["memory"][-1]["roles"][0]["parts"]["weights"] > 0
+    policy = plan["memory"][-1]["roles"][0]
+    assert policy["total"] == pytest.approx(sum(policy["parts"].values()))
+    assert policy["fits"] is True
     assert plan["cluster"]["cpus"] is None
 
 

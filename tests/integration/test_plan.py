@@ -22,9 +22,9 @@ def test_the_bundles_are_those_that_ray_reserves() -> None:
         cluster.reserve(stage_requests(stage, gpus=cluster.gpus)),
     ):
         reserved = [
-            [group["bundles"][number] for number in sorted(group["bundles"])]
+            [sorted(group["bundles"][number].items()) for number in sorted(group["bundles"])]
             for group in placement_group_table().values()
             if group["state"] == "CREATED"
         ]
-    wanted = [[share.bundle() for _, share in group] for group in planned.groups]
-    assert sorted(map(repr, reserved)) == sorted(map(repr, wanted))
+    wanted = [[sorted(share.bundle().items()) for _, share in group] for group in planned.groups]
+    assert sorted(reserved) == sorted(wanted)

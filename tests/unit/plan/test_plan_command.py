@@ -20,12 +20,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | str 
     return stopped.value.code, captured.out, captured.err
 
 
-def test_the_quickstart_on_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
-    import ray
-
+def test_the_quickstart_on_a_cluster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr("ray.init", lambda *arguments, **settings: started.append(settings))
     code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80")
     assert code == 0
-    assert not ray.is_initialized()
+    assert not started
     for words in ("optimizer steps in all", "1 x {CPU 1, GPU 1}", "reward/sentiment", "Every stage has"):
         assert words in out
     assert "\x1b" not in out

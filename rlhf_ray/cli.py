@@ -24,7 +24,16 @@ from rlhf_ray.config.problems import suggestion
 from rlhf_ray.config.rules import warnings
 from rlhf_ray.config.schema import Collect, NewModel, Pipeline, Ppo, Sft, Stage
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.options import as_options, check_target, columns_of, section, source, without_effect
+from rlhf_ray.options import (
+    Overrides,
+    PipelineFile,
+    as_options,
+    check_target,
+    columns_of,
+    section,
+    source,
+    without_effect,
+)
 from rlhf_ray.plan_command import add_plan
 from rlhf_ray.start import check_functions, start_run
 from rlhf_ray.submit import add_commands
@@ -42,17 +51,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-PipelineFile = Annotated[Path, typer.Argument(metavar="PIPELINE", help="Pipeline file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Settings to change, a stage's name in front, such as ppo.sampling.temperature=0.7 or seed=3.",
-        show_default=False,
-    ),
-]
-
 
 ModelArgument = Annotated[
     str,

@@ -1,4 +1,4 @@
-"""Sections of the settings out of a command's options, and messages that speak of those options."""
+"""What commands have in common: arguments, sections of the settings out of options, messages that speak of options."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+import typer
 from pydantic import ValidationError
 
 from rlhf_ray.config.paths import check_source
@@ -16,6 +17,16 @@ from rlhf_ray.config.schema import Section, Source
 from rlhf_ray.errors import ConfigError, UserError
 
 S = TypeVar("S", bound=Section)
+
+PipelineFile = Annotated[Path, typer.Argument(metavar="PIPELINE", help="Pipeline file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings to change, a stage's name in front, such as ppo.sampling.temperature=0.7 or seed=3.",
+        show_default=False,
+    ),
+]
 
 
 @contextmanager

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import run_files
+from rlhf_ray.distributed.background import in_background
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.plan import check_data
@@ -20,8 +17,6 @@ from rlhf_ray.stages.site import Site, StageData, known_before_start, load_data,
 from rlhf_ray.stages.supervised import run_supervised
 from rlhf_ray.trainers.metrics import check_tracking
 from rlhf_ray.trainers.run import RunFolder
-
-T = TypeVar("T")
 
 
 def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -> None:
@@ -48,7 +43,7 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
             return
         recorder = Recorder()
         # Ray's start is mostly waiting, and passes while data is encoded; what is wrong with it ends the run at once.
-        early = _beside(lambda: _early_data(config))
+        early = in_background(lambda: _early_data(config))
         placement = config.placement
         with Cluster(
             placement.address,
@@ -66,20 +61,6 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
 def _early_data(config: schema.Pipeline) -> dict[str, StageData]:
     """The data that no stage of this pipeline makes, by stage."""
     return {s.name: load_data(s, str(s.policy.model), config.seed) for s in known_before_start(config)}
-
-
-def _beside(work: Callable[[], T]) -> Future[T]:
-    """Does the work in a thread, which keeps no process from ending."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="beside", daemon=True).start()
-    return future
 
 
 def _run_stage(site: Site, stage: schema.Stage) -> None:

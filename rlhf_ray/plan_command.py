@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.options import Overrides, PipelineFile
 from rlhf_ray.terminal import exit_codes, show
 
 
@@ -18,10 +18,8 @@ def add_plan(app: typer.Typer) -> None:
 
 
 def plan_command(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="Pipeline file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.", show_default=False)
-    ] = None,
+    pipeline: PipelineFile,
+    overrides: Overrides = None,
     cluster: Annotated[
         str | None,
         typer.Option(

@@ -24,6 +24,7 @@ import yaml
 from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, run_files
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.options import Overrides, PipelineFile
 from rlhf_ray.terminal import exit_codes, show
 
 if TYPE_CHECKING:
@@ -57,11 +58,8 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def submit_command(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="Pipeline file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as for `run`.", show_default=False),
-    ] = None,
+    pipeline: PipelineFile,
+    overrides: Overrides = None,
     address: Address = None,
     run_dir: Annotated[
         str | None,

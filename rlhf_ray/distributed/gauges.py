@@ -66,7 +66,7 @@ class RayGauges:
         """Lets the values go: some twenty seconds later they are no longer on the endpoint."""
         self._closed.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=_REPEAT_S)
 
     def _repeat_until_closed(self) -> None:
         while not self._closed.wait(_REPEAT_S):

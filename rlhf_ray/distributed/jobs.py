@@ -13,10 +13,8 @@ import asyncio
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from rlhf_ray.distributed.background import in_background
 from rlhf_ray.errors import ConfigError, RlhfRayError
 
 T = TypeVar("T")
@@ -357,13 +356,4 @@ def _first_line(error: BaseException) -> str:
 
 def _within(timeout_s: float, work: Callable[[], T]) -> T:
     """The result of the work, or TimeoutError: not every wait in a library (a name's look-up) takes a deadline."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="within", daemon=True).start()
-    return future.result(timeout_s)
+    return in_background(work).result(timeout_s)

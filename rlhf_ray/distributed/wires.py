@@ -66,6 +66,7 @@ class Wire(ABC):
 # Large enough that a slot's messages cost nothing beside its bytes, small enough that both sides work at the same time.
 _SLOT_BYTES = 8 << 20
 _RING = 4
+# The slots of a large model are larger, so that there are about so many.
 _SLOTS = 8
 # All weights lie in memory at once where they take no more than this share of what is free there.
 _SHARE = 0.25
@@ -145,8 +146,7 @@ class SharedPages(Wire):
             raise WeightSyncError(
                 f"weight transfer: more than the {self.slots * self._slot_bytes} bytes that were announced for it"
             )
-        start = bucket % self.slots * self._slot_bytes
-        return self._flat[start : start + self._slot_bytes]
+        return self.fetch(bucket, self._slot_bytes)
 
     def reserve(self, bucket: int, start: int, length: int) -> None:
         # Pages that memory has no room for would kill the process when written to; small models take few of them.

@@ -26,7 +26,14 @@ from rlhf_ray.distributed.transports import Inbox, ReceivedWeights, TransportSpe
 from rlhf_ray.engines.adapters import adapter_files, layer_names
 from rlhf_ray.engines.generation import Sample
 from rlhf_ray.errors import ConfigError, InstallError, WeightSyncError
-from rlhf_ray.models.loading import load_config, load_eos_token_ids, load_tokenizer, torch_dtype
+from rlhf_ray.models.loading import (
+    head_dim,
+    key_value_elements,
+    load_config,
+    load_eos_token_ids,
+    load_tokenizer,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,8 +83,7 @@ def cache_bytes(config: schema.Generator, model: PretrainedConfig, *, max_model_
     """Bytes for keys and values on a CPU: the setting, or room for max_sequences within 2 GiB."""
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * 2**30)
-    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    per_token: int = 2 * model.num_hidden_layers * heads * _head_dim(model) * torch_dtype(config.dtype).itemsize
+    per_token = key_value_elements(model) * torch_dtype(config.dtype).itemsize
     blocks = -(-max_model_len // _CPU_BLOCK) + 1
     one = blocks * _CPU_BLOCK * per_token
     limit = min(_CPU_CACHE_LIMIT, psutil.virtual_memory().total // 4)
@@ -125,9 +131,9 @@ class VllmEngine:
         # vLLM's request for the adapter of the present version; None: the model as it was loaded.
         self._adapter: Any = None
         gpu = torch.cuda.is_available()
-        if not gpu and _head_dim(model_config) not in _CPU_HEAD_DIMS:
+        if not gpu and head_dim(model_config) not in _CPU_HEAD_DIMS:
             raise ConfigError(
-                f"{model}: attention heads of {_head_dim(model_config)} dimensions; on a CPU vLLM takes "
+                f"{model}: attention heads of {head_dim(model_config)} dimensions; on a CPU vLLM takes "
                 f"{', '.join(map(str, _CPU_HEAD_DIMS))}; choose another model, or generator.engine=hf"
             )
         self._tokenizer = load_tokenizer(tokenizer)
@@ -424,10 +430,6 @@ def _check_takes_adapters(name: str, model: PretrainedConfig) -> None:
             raise ConfigError(
                 f"{name}: vLLM has no adapters for {architecture}; set generator.engine=hf, or remove policy.lora"
             )
-
-
-def _head_dim(model: PretrainedConfig) -> int:
-    return int(getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads)
 
 
 def _final_only() -> Any:

@@ -258,6 +258,17 @@ def new_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -> 
     )
 
 
+def head_dim(config: PretrainedConfig) -> int:
+    """Width of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def key_value_elements(config: PretrainedConfig) -> int:
+    """Elements of keys and values that one token has in an engine's cache."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_dim(config))
+
+
 def new_config(spec: NewModel, **special_ids: int | None) -> PretrainedConfig:
     """The configuration of a fresh model."""
     import transformers

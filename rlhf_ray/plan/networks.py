@@ -16,7 +16,7 @@ from rlhf_ray.config import schema
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.attention import attend, set_attention_by_rows
 from rlhf_ray.models.heads import hidden_size, switch_off_dropout
-from rlhf_ray.models.loading import load_config, new_config, quiet_transformers, torch_dtype
+from rlhf_ray.models.loading import key_value_elements, load_config, new_config, quiet_transformers, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -140,7 +140,7 @@ def _network(
         vocabulary=0 if output is None else int(output.weight.shape[0]),
         full_logits=any(getattr(text, name, None) not in (None, 1, 1.0) for name in _CAPS),
         kept_per_token=_kept_bytes(config, kind, dtype, row_tokens, device) / row_tokens,
-        key_value_elements=_key_values(text),
+        key_value_elements=key_value_elements(text),
     )
 
 
@@ -211,9 +211,3 @@ def _quantisable(built: PreTrainedModel, output: Any) -> int:
         module for module in built.modules() if isinstance(module, torch.nn.Linear) and module is not output
     ]
     return sum(module.weight.numel() for module in linear if not module.weight.requires_grad)
-
-
-def _key_values(text: Any) -> int:
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    each = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * each)

@@ -15,7 +15,7 @@ from rlhf_ray.config import schema
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
 from rlhf_ray.plan.cluster import PLENTY, ClusterShape
 from rlhf_ray.plan.data import check_data
-from rlhf_ray.plan.memory import RoleMemory, StageMemory, plan_memory
+from rlhf_ray.plan.memory import StageMemory, plan_memory
 from rlhf_ray.plan.placement import StagePlacement, plan_placement
 
 _UNKNOWN = "?"
@@ -115,7 +115,7 @@ def _number(value: float | None) -> str:
     return _UNKNOWN if value is None else f"{value:,.3g}" if value < 100 and value != int(value) else f"{value:,.0f}"
 
 
-def _sizes(sizes: dict[int, int], *, always: bool = False) -> str:
+def _sizes(sizes: dict[int, int]) -> str:
     """`3 x 16, 1 x 12`; nothing for none."""
     return ", ".join(f"{number:,} x {size:,}" for size, number in sizes.items())
 
@@ -226,7 +226,7 @@ def _memory_table(stages: Sequence[StageMemory]) -> Table:
         name = f"{stage.stage}, {stage.while_}" if stage.while_ else stage.stage
         for role in stage.roles:
             cells = [_gib(role.parts.get(part)) for part in shown]
-            table.add_row(name, role.role, role.device, *cells, _gib(role.total), _room(role))
+            table.add_row(name, role.role, role.device, *cells, _gib(role.total), _gib(role.room))
             name = ""
         total, room = _gib(stage.host), _gib(stage.host_room)
         table.add_row("", "the fullest node", "host", *[""] * len(shown), total, room)
@@ -238,10 +238,6 @@ def _gib(value: float | None) -> str:
     if value is None or 0 < value < 0.005:
         return "" if value is None else "<0.01"
     return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
-
-
-def _room(role: RoleMemory) -> str:
-    return _gib(role.room)
 
 
 def _memory_lines(plan: Plan) -> list[str]:

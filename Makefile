@@ -31,8 +31,9 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/rlhf-ray $(if $(wildcard $(RUN_DIR)/config.yaml),resume $(RUN_DIR),run pipelines/quickstart.yaml run_dir=$(RUN_DIR))
 
+# Two files at a time: much of a test's time is one process starting.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 unit: install
 	$(BIN)/python -m pytest tests/unit

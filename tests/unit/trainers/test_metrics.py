@@ -192,9 +192,12 @@ def test_a_last_line_without_its_newline_is_completed(tmp_path):
     assert iterations(tmp_path) == [("ppo", 1), ("ppo", 2)]
 
 
-def test_tensorboard_shows_each_iteration_once(tmp_path):
+def test_tensorboard_shows_each_iteration_once(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # Within one second files sort by their number in this process, and 10 stands before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     first = log(tmp_path)
     for iteration in range(5):
         first.write(iteration, {"reward/mean": 1.0})

@@ -48,6 +48,11 @@ class Workers(Section):
     """CPUs per worker; unset: one each, or an equal share where the machine has fewer cores than workers."""
     gpus: NonNegative | None = None
     """GPUs per worker, fractions allowed; unset: one each where the cluster has GPUs, else none."""
+    colocate_with: str | None = None
+    """A role (policy, critic, reference, generator, reward/NAME) whose i-th worker this role's i-th worker shares the
+    GPU with, in equal parts; on a machine without GPUs they share a bundle of cores. Unset: each worker has its own."""
+    whole_gpus: StrictBool = False
+    """Where `gpus` is unset and there are fewer GPUs than workers: too few is an error, and no GPU is shared."""
 
 
 class NewModel(Section):
@@ -131,6 +136,8 @@ class Learner(Workers):
     16384 on GPU."""
     micro_batch_sequences: Count | None = None
     """Most sequences in one forward pass; unset: the token budget alone decides."""
+    offload: StrictBool = False
+    """Move weights and optimizer states to host memory while the role does not work, so that others have its GPU."""
     lora: Lora | None = None
     """Train an adapter on the frozen network; unset: train the whole network."""
     optimizer: Optimizer = Optimizer()
@@ -200,6 +207,8 @@ class Generator(Workers):
     """Share of a GPU's memory that the engine may use."""
     max_sequences: Count = 128
     """Most sequences decoded at once by one engine."""
+    sleep: StrictBool = False
+    """Give the GPU's memory free while the engine does not sample, so that learners have it."""
     prefix_caching: StrictBool = True
     """Keep the keys and values of prompts seen under the present weights."""
     compile: StrictBool = False
@@ -896,6 +905,10 @@ class Placement(Section):
 
     address: str | None = None
     """Address of a Ray cluster (`auto`, HOST:PORT); unset: RAY_ADDRESS where set, else a new local Ray."""
+    layout: Literal["separate", "colocated", "shared_scorers"] | None = None
+    """Stands for settings of the roles, which `plan` prints. separate: each role has whole GPUs of its own; colocated:
+    all roles are on the policy's GPUs, and the generator sleeps while the learners train; shared_scorers: reference and
+    reward models share the critic's GPUs, or where there is none each other's. Unset: as the roles say."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Placement group strategy for the workers."""
     transport: Literal["auto", "shared_memory", "gloo", "nccl", "cuda_ipc"] = "auto"

@@ -7,7 +7,7 @@ longest rows, the chunks of logits of `algorithms.logprobs`, the pages of a sync
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,30 @@ class RoleMemory:
 
 
 @dataclass(frozen=True)
+class SharedMemory:
+    """One GPU that workers of several roles share, at the moment when they take most of it.
+
+    Args:
+        roles: whose workers share it.
+        moment: when that is; empty where nobody ever gives memory free.
+        total: GiB of all of them together then.
+        room: GiB that the GPU has for them; None where that is not known.
+        advice: the setting that helps most where it does not fit.
+    """
+
+    roles: tuple[str, ...]
+    moment: str
+    total: float
+    room: float | None
+    advice: str | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the GPU has room for all of them; None where that is not known."""
+        return None if self.room is None else self.total <= self.room
+
+
+@dataclass(frozen=True)
 class StageMemory:
     """What the workers of a stage that run at one time take.
 
@@ -88,6 +112,7 @@ class StageMemory:
         stage: the stage's name.
         while_: what happens then.
         roles: in the order of the placement.
+        shared: the GPUs that several roles share.
         host: GiB in host memory of the node that has most, driver and Ray included.
         host_room: GiB that a node has; None where that is not known.
         advice: the setting that helps most where a node has too little.
@@ -96,6 +121,7 @@ class StageMemory:
     stage: str
     while_: str
     roles: tuple[RoleMemory, ...]
+    shared: tuple[SharedMemory, ...]
     host: float
     host_room: float | None
     advice: str | None
@@ -103,7 +129,8 @@ class StageMemory:
     @property
     def fits(self) -> bool | None:
         """Whether every GPU and every node has room; None where that is not known."""
-        known = [role.fits for role in self.roles if role.fits is not None]
+        verdicts = [*(role.fits for role in self.roles), *(shared.fits for shared in self.shared)]
+        known = [fits for fits in verdicts if fits is not None]
         if self.host_room is not None:
             known.append(self.host <= self.host_room)
         return all(known) if known else None
@@ -142,12 +169,13 @@ def plan_memory(
     planner = _Planner(config, stage, placement, numbers, cluster)
     entries = [planner.role(placed) for placed in placement.roles]
     roles = [planner.memory(entry) for entry in entries]
+    shared = tuple(planner.shared(entries, roles))
     host = planner.host(roles)
     advice = None
     if cluster.host_gib is not None and host > cluster.host_gib:
         on_host = [entry for entry, role in zip(entries, roles, strict=True) if role.device == "host"]
         advice = _best([found for entry in on_host for found in planner.savings(entry)], host - cluster.host_gib)
-    return StageMemory(placement.stage, placement.while_, tuple(roles), host, cluster.host_gib, advice)
+    return StageMemory(placement.stage, placement.while_, tuple(roles), shared, host, cluster.host_gib, advice)
 
 
 class _Planner:
@@ -283,7 +311,7 @@ class _Planner:
         """GiB that an engine may use of each of its GPUs."""
         if self._cluster.gpu_gib is None:
             return None
-        return self._cluster.gpu_gib * settings.memory_share * min(1.0, placed.share.gpus or 1.0)
+        return self._cluster.gpu_gib * settings.memory_share * min(1.0, placed.room.gpus or 1.0)
 
     def _sync(
         self, net: Network, lora: schema.Lora | None, dtype: schema.DType, device: torch.device, *, sender: bool
@@ -330,14 +358,14 @@ class _Planner:
         gpu = bool(placed.share.gpus)
         room = None
         if gpu and self._cluster.gpu_gib is not None:
-            room = self._cluster.gpu_gib * min(1.0, placed.share.gpus)
+            room = self._cluster.gpu_gib * min(1.0, placed.room.gpus)
             if entry.section == "generator":
                 room = self._budget(placed, entry.settings)
         found = RoleMemory(
             role=placed.role,
             device="GPU" if gpu else "host",
             parts={name: value / GIB for name, value in parts.items() if value},
-            host=host / GIB + (RESERVE_GIB["cpu"]["scorer"] if gpu else 0.0),
+            host=max(host, _given_free(entry, parts)) / GIB + (RESERVE_GIB["cpu"]["scorer"] if gpu else 0.0),
             room=room,
             note=self._cache_note(entry, parts) if entry.section == "generator" else "",
             advice=None,
@@ -346,6 +374,41 @@ class _Planner:
             return found
         assert room is not None, "what does not fit has too little room"
         return replace(found, advice=_best(self.savings(entry), found.total - room))
+
+    def shared(self, entries: list[_Role], roles: list[RoleMemory]) -> Iterator[SharedMemory]:
+        """The GPUs that several roles share: what those take together that do not give memory free at the time."""
+        by_host: dict[str, list[tuple[_Role, RoleMemory]]] = {}
+        for entry, role in zip(entries, roles, strict=True):
+            if role.device == "GPU":
+                by_host.setdefault(entry.placed.shares_with or entry.placed.role, []).append((entry, role))
+        for members in by_host.values():
+            if len(members) < 2:
+                continue
+            moments = {
+                moment: sum(_awake(entry, role, moment) for entry, role in members)
+                for moment in ("sampling", "learning")
+            }
+            moment = max(moments, key=lambda name: moments[name])
+            total, room = moments[moment], None
+            if self._cluster.gpu_gib is not None:
+                room = self._cluster.gpu_gib * min(1.0, members[0][0].placed.room.gpus)
+            yield SharedMemory(
+                roles=tuple(role.role for _, role in members),
+                moment=moment if len(set(moments.values())) > 1 else "",
+                total=total,
+                room=room,
+                advice=None if room is None or total <= room else self._sharers_advice(members, moment, total - room),
+            )
+
+    def _sharers_advice(self, members: list[tuple[_Role, RoleMemory]], moment: str, missing: float) -> str | None:
+        found = [saving for entry, _ in members for saving in self.savings(entry)]
+        for entry, role in members:
+            name = {"generator": "sleep", "policy": "offload", "critic": "offload"}.get(entry.section, "")
+            if name and not getattr(entry.settings, name):
+                slept = replace(entry, settings=entry.settings.model_copy(update={name: True}))
+                saved = _awake(entry, role, moment) - _awake(slept, role, moment)
+                found.append((saved, f"{entry.section}.{name}=true"))
+        return _best(found, missing)
 
     def _cache_note(self, entry: _Role, parts: Mapping[str, float]) -> str:
         settings = entry.settings
@@ -373,6 +436,24 @@ class _Planner:
             for node, workers in (placed.nodes or {0: placed.workers}).items():
                 each[node] = each.get(node, 0.0) + workers * own
         return max(each.values())
+
+
+def _awake(entry: _Role, role: RoleMemory, moment: str) -> float:
+    """GiB of a GPU that a worker holds while the engines sample, or while the learners learn."""
+    settings = entry.settings
+    away = (moment == "learning" and getattr(settings, "sleep", False)) or (
+        moment == "sampling" and getattr(settings, "offload", False)
+    )
+    return role.parts.get("reserve", 0.0) if away else role.total
+
+
+def _given_free(entry: _Role, parts: Mapping[str, float]) -> float:
+    """Bytes that lie in host memory while a worker gives its GPU's free."""
+    if not entry.placed.share.gpus:
+        return 0.0
+    if getattr(entry.settings, "offload", False):
+        return parts["weights"] + parts["optimizer"]
+    return parts["weights"] if getattr(entry.settings, "sleep", False) else 0.0
 
 
 def learner_parts(

@@ -20,7 +20,7 @@ from rlhf_ray.workers.scorers import ClassifierScorer, FunctionScorer, ModelScor
 
 def learner_request(role: str, settings: schema.Learner) -> RoleRequest:
     """Workers that form one process group."""
-    return RoleRequest(role, workers=settings.workers, cpus=settings.cpus, gpus=settings.gpus, rendezvous=True)
+    return _request(role, settings, rendezvous=True)
 
 
 def scorer_requests(rewards: Sequence[schema.Reward]) -> list[RoleRequest]:
@@ -50,17 +50,35 @@ def generator_request(stage: str, settings: schema.Generator, *, gpus: float) ->
 
 
 def own_part(settings: schema.Generator, placement: Placement) -> schema.Generator:
-    """The settings of engines that share a GPU: they share its memory, and take memory_share of their own part."""
-    share = placement.share("generator").gpus
-    part = share if 0 < share < 1 else 1.0
+    """The settings of engines that have a part of a GPU: they take memory_share of that part.
+
+    Of a GPU that they share by colocate_with they take memory_share as a whole: what others leave is the user's say.
+    """
+    room = placement.room("generator").gpus
+    part = room if 0 < room < 1 else 1.0
     return settings.model_copy(update={"memory_share": settings.memory_share * part})
 
 
 def _request(
-    role: str, settings: schema.Workers, *, env: Mapping[str, str] | None = None, reuse: str | None = None
+    role: str,
+    settings: schema.Workers,
+    *,
+    rendezvous: bool = False,
+    env: Mapping[str, str] | None = None,
+    reuse: str | None = None,
 ) -> RoleRequest:
     gpus = 0.0 if isinstance(settings, schema.FunctionReward) and settings.gpus is None else settings.gpus
-    return RoleRequest(role, workers=settings.workers, cpus=settings.cpus, gpus=gpus, env=env or {}, reuse=reuse)
+    return RoleRequest(
+        role,
+        workers=settings.workers,
+        cpus=settings.cpus,
+        gpus=gpus,
+        env=env or {},
+        rendezvous=rendezvous,
+        reuse=reuse,
+        colocate_with=settings.colocate_with,
+        whole_gpus=settings.whole_gpus,
+    )
 
 
 class Actors:
@@ -161,5 +179,6 @@ class Actors:
         return group
 
     def wait(self) -> None:
-        """Returns once all of them are ready; the first that fails is raised at once."""
+        """Returns once all of them are ready; the first that fails, or is on a wrong GPU, is raised at once."""
+        self._placement.verify()
         gather(*(group.ready for group in self._started))

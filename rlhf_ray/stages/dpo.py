@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from rlhf_ray.config import schema
+from rlhf_ray.config.layouts import possible_gpus
 from rlhf_ray.data.pair_scores import choose_pairs, pair_table, read_scores
 from rlhf_ray.data.reference_cache import ReferenceCache, cache_folder, make_folder, reference_key
 from rlhf_ray.distributed.groups import RayGroup
@@ -69,6 +70,7 @@ def requests(stage: schema.Dpo, *, has_reference: bool, gpus: float) -> list[Rol
     if has_reference:
         asked.append(reference_request(stage.reference))
     if stage.generator is not None:
+        gpus = possible_gpus(stage, stage.generator, gpus=gpus)
         asked += [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
     return asked
 
@@ -124,7 +126,8 @@ def _decides_reference(site: Site, stage: schema.Dpo, model: str) -> dict[str, s
         if own is None
         else model_digest(site.model(own), stage.reference.revision)
     )
-    on_gpu = bool(site.cluster.gpus if asked.gpus is None else asked.gpus)
+    gpus = possible_gpus(stage, asked, gpus=site.cluster.gpus)
+    on_gpu = bool(gpus if asked.gpus is None else asked.gpus)
     parts = {"weights": weights, "dtype": asked.dtype, "device": "gpu" if on_gpu else "cpu"}
     lora = stage.policy.lora
     if stage.adapter_is_off_in_reference and lora is not None and lora.quantise != "none":

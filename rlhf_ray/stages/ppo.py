@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
+from rlhf_ray.config.layouts import possible_gpus
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.distributed.groups import WorkerGroup
 from rlhf_ray.distributed.placement import RoleRequest
@@ -50,6 +51,7 @@ def requests(stage: schema.Ppo, *, gpus: float) -> list[RoleRequest]:
         asked.append(learner_request("critic", critic))
     if _has_reference(stage):
         asked.append(reference_request(stage.reference))
+    gpus = possible_gpus(stage, stage.generator, gpus=gpus)
     return [*asked, *scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
 
 

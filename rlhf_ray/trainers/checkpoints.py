@@ -49,6 +49,10 @@ _FOLDER = re.compile(r"iteration_(\d{6,})")
 _MAY_CHANGE = (
     "*.cpus",
     "*.gpus",
+    "*.colocate_with",
+    "*.whole_gpus",
+    "*.offload",
+    "generator.sleep",
     "*.micro_batch_tokens",
     "*.micro_batch_sequences",
     "generator.workers",

@@ -153,7 +153,7 @@ def test_no_node_gives_more_than_it_has(requests: list[RoleRequest], nodes: int,
     for request in requests:
         assert sum(found[request.role].values()) == request.workers
     for node in range(nodes):
-        assert sum(found[each.role].get(node, 0) * shares[each.role].gpus for each in requests) <= each + 1e-6
+        assert sum(found[each.role].get(node, 0) * shares.workers[each.role].gpus for each in requests) <= each + 1e-6
 
 
 @pytest.mark.parametrize("asked", [["ppo.reward.0.workers=9"], ["ppo.generator.workers=6", "ppo.reference.workers=5"]])

@@ -146,6 +146,10 @@ def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, m
         each = 1.0  # nothing to share: the need for whole cores is what is waited for, or reported
     each_gpu = _gpu_share(together, capacity.gpus if may_wait else capacity.free_gpus)
     shares = share_out(requests, each_cpu=each, each_gpu=each_gpu)
+    # Equal shares of all cores may leave a rest on each node that is too small for the last bundle.
+    while unset and 0.01 < each < 1 and not _packs(requests, shares, capacity.nodes, strategy):
+        each = math.floor(95 * each) / 100
+        shares = share_out(requests, each_cpu=each, each_gpu=each_gpu)
     _refuse_parts(together, shares.gpus)
     needs = {
         "GPU": {named(members): _most_workers(members) * shares.gpus[members[0].role] for members in together},
@@ -209,6 +213,14 @@ def assign(
             places[index] = node
         found.append(places)
     return found
+
+
+def _packs(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[Share], strategy: str) -> bool:
+    try:
+        assign(requests, shares, nodes, strategy=strategy)
+    except PlacementError:
+        return False
+    return True
 
 
 def named(bundle: Bundle) -> str:

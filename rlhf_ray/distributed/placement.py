@@ -67,6 +67,9 @@ _CLOSE_IDLE_S = 10.0
 _CLOSE_BUSY_S = 2.0
 _GONE_S = 10.0
 _CONNECT_S = 5.0
+# What is given back to a Ray that is not ours counts as taken for about so long.
+_LAG_S = 1.0
+_LAG_STEP_S = 0.05
 # How long Ray may try bundles that by our own packing have no room on the nodes, even if all of them were free.
 _DOUBTFUL_S = 3.0
 # What workers take over from the driver's environment. Never a secret: these values can be read in Ray's own logs.
@@ -136,6 +139,7 @@ class _Connection:
         self.folder = folder
         self.idle: list[_Seat] = []
         self._reserved: dict[PlacementGroup, list[Share]] = {}
+        self._settled_at = 0.0
 
     def capacity(self) -> Capacity:
         total = ray.cluster_resources()
@@ -150,26 +154,29 @@ class _Connection:
             held = [share for shares in self._reserved.values() for share in shares]
             free_cpus, free_gpus = cpus - sum(s.cpus for s in held), gpus - sum(s.gpus for s in held)
         else:
-            free = ray.available_resources()
-            free_cpus, free_gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
+            free_cpus, free_gpus = _available()
+            while time.monotonic() < self._settled_at and (free_cpus < cpus or free_gpus < gpus):
+                time.sleep(_LAG_STEP_S)
+                free_cpus, free_gpus = _available()
         return Capacity(cpus, gpus, round(free_cpus, 4), round(free_gpus, 4), nodes)
 
     def reserve(self, shares: list[Share], strategy: str, timeout_s: float) -> PlacementGroup | None:
         """One placement group with a bundle for each share; None when it did not come about in time."""
         group = placement_group([share.bundle() for share in shares], strategy=strategy)
         self._reserved[group] = shares
+        placed = False
         try:
-            if group.wait(timeout_s):
-                return group
-        except BaseException:
-            self.release(group)
-            raise
-        self.release(group)
-        return None
+            placed = group.wait(timeout_s)
+        finally:
+            if not placed:
+                self._reserved.pop(group)
+                remove_placement_group(group)
+        return group if placed else None
 
     def release(self, group: PlacementGroup) -> None:
         self._reserved.pop(group, None)
         remove_placement_group(group)
+        self._settled_at = time.monotonic() + _LAG_S
 
     def evict(self) -> None:
         """Ends the host that has been idle for longest."""
@@ -202,6 +209,12 @@ class _Connection:
                 ray.shutdown()
             if self.folder is not None:
                 shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _available() -> tuple[float, float]:
+    """Free CPU cores and GPUs, as Ray knows them."""
+    free = ray.available_resources()
+    return free.get("CPU", 0.0), free.get("GPU", 0.0)
 
 
 def _serves(seat: _Seat, request: RoleRequest) -> bool:

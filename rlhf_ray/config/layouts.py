@@ -73,6 +73,13 @@ def sharing_rules(pipeline: Pipeline, index: int) -> Iterator[Problem]:
     """What `colocate_with` cannot be, and what contradicts the layout."""
     stage, layout = pipeline.stages[index], pipeline.placement.layout
     roles = roles_of(stage)
+    if layout == "colocated" and isinstance(stage, Ppo) and stage.staleness > 0:
+        yield Problem(
+            ("stages", index, "staleness"),
+            f"got {stage.staleness}, but with placement.layout colocated the generator sleeps while the learners "
+            "train; wanted 0, or another layout",
+            because=(("placement", "layout"),),
+        )
     hosts = {role: value for role, name, value in _wanted(layout, stage, roles) if name == "colocate_with"}
     for role, (key, settings) in roles.items():
         path: KeyPath = ("stages", index, *key)
@@ -165,7 +172,7 @@ def _wanted(
         case "colocated":
             host = "policy" if "policy" in roles else "generator"
             yield from _guests(host, [role for role in networks if role != host], networks)
-            if isinstance(stage, Ppo) and not _on_cpu(stage.generator):
+            if isinstance(stage, Ppo | Dpo) and stage.generator is not None and not _on_cpu(stage.generator):
                 yield "generator", "sleep", True
                 if stage.generator.engine == "vllm":
                     yield "generator", "memory_share", _SHARED_MEMORY

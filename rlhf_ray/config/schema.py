@@ -204,7 +204,8 @@ class Generator(Workers):
     kv_cache_gib: Positive | None = None
     """Memory for the key-value cache; unset: sized for max_sequences on CPU, the rest of memory_share on GPU."""
     memory_share: Annotated[Number, Field(gt=0, le=1)] = 0.85
-    """Share of a GPU's memory that the engine may use."""
+    """Share of a GPU's memory that the engine may use: of its own part of the GPU, with `sleep` or `colocate_with` of
+    the whole."""
     max_sequences: Count = 128
     """Most sequences decoded at once by one engine."""
     sleep: StrictBool = False

@@ -255,8 +255,8 @@ def _memory_table(stages: Sequence[StageMemory]) -> Table:
             table.add_row(name, role.role, role.device, *cells, _gib(role.total), _gib(role.room))
             name = ""
         for shared in stage.shared:
-            moment = f" ({shared.moment})" if shared.moment else ""
-            where = [f"together{moment}: {', '.join(shared.roles)}", "GPU", *[""] * len(shown)]
+            moment = f", {shared.moment}" if shared.moment else ""
+            where = [f"all on {shared.roles[0]}'s{moment}", "GPU", *[""] * len(shown)]
             table.add_row("", *where, _gib(shared.total), _gib(shared.room))
         total, room = _gib(stage.host), _gib(stage.host_room)
         table.add_row("", "the fullest node", "host", *[""] * len(shown), total, room)

@@ -52,10 +52,10 @@ def generator_request(stage: str, settings: schema.Generator, *, gpus: float) ->
 def own_part(settings: schema.Generator, placement: Placement) -> schema.Generator:
     """The settings of engines that have a part of a GPU: they take memory_share of that part.
 
-    Of a GPU that they share by colocate_with they take memory_share as a whole: what others leave is the user's say.
+    Of a GPU that they share by colocate_with, and where they sleep, they take memory_share of the whole.
     """
     room = placement.room("generator").gpus
-    part = room if 0 < room < 1 else 1.0
+    part = room if 0 < room < 1 and not settings.sleep else 1.0
     return settings.model_copy(update={"memory_share": settings.memory_share * part})
 
 

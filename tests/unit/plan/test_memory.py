@@ -136,3 +136,36 @@ def test_without_a_cluster_there_is_no_verdict(llama_directory: Path) -> None:
     assert memory.fits is None
     # Room for all 8 samples of 32 tokens: 4 layers of 128 keys and values in float32.
     assert by_role(memory)["generator"].parts["cache"] * GIB == 8 * 32 * 2 * 4 * 128 * 4
+
+
+def test_roles_on_one_gpu_add_up(llama_directory: Path) -> None:
+    together = {"critic": {"colocate_with": "policy"}, "reference": {"colocate_with": "policy"}}
+    memory = stage_memory(llama_directory, parse_cluster("1x4xL4-24"), **together)
+    (shared,) = memory.shared
+    roles = by_role(memory)
+    assert shared.roles == ("policy", "critic", "reference")
+    assert shared.total == pytest.approx(sum(roles[role].total for role in shared.roles))
+    assert (shared.room, shared.fits, memory.fits) == (24, True, True)
+    assert roles["reference"].room == 24
+
+    tight = stage_memory(llama_directory, parse_cluster("1x4xOld-4"), **together)
+    assert {role.role: role.fits for role in tight.roles if role.role in shared.roles} == dict.fromkeys(
+        shared.roles, True
+    )
+    assert (tight.shared[0].fits, tight.fits) == (False, False)
+    assert tight.shared[0].advice is not None
+
+
+def test_an_engine_in_a_shared_bundle_has_its_part_of_the_whole_gpu(llama_directory: Path) -> None:
+    awake = {"generator": {"colocate_with": "policy", "memory_share": 0.6}}
+    memory = stage_memory(llama_directory, parse_cluster("1x4xL4-24"), **awake)
+    assert by_role(memory)["generator"].room == pytest.approx(0.6 * 24)
+    policy = by_role(memory)["policy"].total
+    assert memory.shared[0].total == pytest.approx(policy + 0.6 * 24)
+    asleep = {
+        "generator": awake["generator"] | {"sleep": True},
+        "policy": {"model": str(llama_directory), "offload": True},
+    }
+    (shared,) = stage_memory(llama_directory, parse_cluster("1x4xL4-24"), **asleep).shared
+    assert shared.moment == "sampling"
+    assert shared.total == pytest.approx(RESERVE_GIB["cuda"]["learner"] + 0.6 * 24)

@@ -255,8 +255,7 @@ def _memory_table(stages: Sequence[StageMemory]) -> Table:
             table.add_row(name, role.role, role.device, *cells, _gib(role.total), _gib(role.room))
             name = ""
         for shared in stage.shared:
-            moment = f", {shared.moment}" if shared.moment else ""
-            where = [f"all on {shared.roles[0]}'s{moment}", "GPU", *[""] * len(shown)]
+            where = [f"all on {shared.roles[0]}'s", "GPU", *[""] * len(shown)]
             table.add_row("", *where, _gib(shared.total), _gib(shared.room))
         total, room = _gib(stage.host), _gib(stage.host_room)
         table.add_row("", "the fullest node", "host", *[""] * len(shown), total, room)
@@ -285,6 +284,8 @@ def _memory_lines(plan: Plan) -> list[str]:
                 lines.append(f"{where} does NOT fit: {_gib(role.total)} GiB for {_gib(role.room)} GiB of its GPU.")
                 lines += [f"  what helps most: {role.advice}"] if role.advice else []
         for shared in stage.shared:
+            if shared.moment:
+                lines.append(f"{stage.stage}: what is on {shared.roles[0]}'s GPU takes most while {shared.moment}.")
             if shared.fits is False:
                 lines.append(
                     f"{stage.stage} {', '.join(shared.roles)} do NOT fit: {_gib(shared.total)} GiB for "

@@ -124,6 +124,9 @@ class Learner(Workers):
     With bfloat16 it is 2 at least."""
     cpu_offload: StrictBool = False
     """Keep optimizer states in host memory (ZeRO 1 to 3)."""
+    offload: StrictBool = False
+    """Keep weights, gradients and optimizer states in host memory while the generators sample; wants staleness 0. On a
+    CPU nothing is moved: host memory is all there is."""
     activation_checkpointing: StrictBool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     micro_batch_tokens: Count | None = None
@@ -197,7 +200,10 @@ class Generator(Workers):
     kv_cache_gib: Positive | None = None
     """Memory for the key-value cache; unset: sized for max_sequences on CPU, the rest of memory_share on GPU."""
     memory_share: Annotated[Number, Field(gt=0, le=1)] = 0.85
-    """Share of a GPU's memory that the engine may use."""
+    """Share of a GPU's memory that the engine may use: of its own part of the GPU, with `sleep` of the whole."""
+    sleep: StrictBool = False
+    """Give the GPU's memory back while the learners train; wants staleness 0. On a CPU nothing is moved: host memory is
+    all there is."""
     max_sequences: Count = 128
     """Most sequences decoded at once by one engine."""
     prefix_caching: StrictBool = True

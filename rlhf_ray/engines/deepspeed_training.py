@@ -262,8 +262,8 @@ class TrainingEngine:
     def offload(self, *, keep_weights: bool = False) -> None:
         """Moves gradients, optimizer states and master weights into host memory, and the weights unless they are kept.
 
-        On a CPU nothing is moved. DeepSpeed's own `offload_states` is not used: it knows no stage 0, at stage 3 only its
-        own optimizer, and leaves AdamW's step counters on the GPU.
+        On a CPU nothing is moved. DeepSpeed's own `offload_states` is not used: it knows no stage 0, at stage 3 no
+        optimizer but its own, and it leaves AdamW's step counters on the GPU.
         """
         self._away = ("states",) if keep_weights and "weights" not in self._away else ("states", "weights")
         if not self.moves_states:

@@ -34,14 +34,11 @@ class HostCopies:
         moving = [
             storage
             for identity, storage in storages.items()
-            if identity not in kept
-            and storage.device.type == device.type
-            and storage.nbytes()
-            and storage.resizable()  # type: ignore[no-untyped-call]
+            if identity not in kept and storage.device.type == device.type and storage.nbytes() and storage.resizable()
         ]
         if not moving:
             return
-        copies = [[self._copied(part) for part in _bytes_of(storage).split(_CHUNK_BYTES)] for storage in moving]
+        copies = [[self._copied(part) for part in _parts_of(storage)] for storage in moving]
         _synchronize(device)
         for storage, parts in zip(moving, copies, strict=True):
             self._moved.append((storage, storage.nbytes(), parts))
@@ -54,7 +51,7 @@ class HostCopies:
         """Brings back all that is away."""
         for storage, nbytes, parts in self._moved:
             storage.resize_(nbytes)
-            for target, part in zip(_bytes_of(storage).split(_CHUNK_BYTES), parts, strict=True):
+            for target, part in zip(_parts_of(storage), parts, strict=True):
                 target.copy_(part, non_blocking=True)
                 self._spare.setdefault(len(part), []).append(part)
         for device in {storage.device for storage, _, _ in self._moved}:
@@ -95,8 +92,9 @@ def held_tensors(*owners: Any, packages: tuple[str, ...] = ()) -> Iterator[Tenso
             waiting += getattr(value, "__dict__", {}).values()
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _parts_of(storage: torch.UntypedStorage) -> tuple[Tensor, ...]:
+    """Its bytes, in parts that are small enough to be copied into pinned memory."""
+    return torch.split(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), _CHUNK_BYTES)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -55,6 +55,8 @@ _MAY_CHANGE = (
     "generator.tensor_parallel",
     "generator.kv_cache_gib",
     "generator.memory_share",
+    "generator.sleep",
+    "*.offload",
     "generator.max_sequences",
     "generator.compile",
     "reference.workers",

@@ -438,8 +438,8 @@ class Learner:
     def offload(self, *, keep_weights: bool = False) -> None:
         """Leaves the GPU to others: gradients and optimizer states go to host memory, and the weights unless kept.
 
-        On a CPU nothing is moved. Until `reload` nothing can be learnt, saved or loaded; without the weights nothing can
-        be judged or sent either.
+        On a CPU nothing is moved. Until `reload` nothing can be learnt, saved or loaded; without the weights nothing
+        can be judged or sent either.
         """
         self.engine.offload(keep_weights=keep_weights)
 

@@ -694,9 +694,7 @@ def test_a_learner_that_was_away_learns_the_same_bits(
         return learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=2, iteration=iteration)
 
     def weights(learner: Learner) -> list[tuple[str, Tensor]]:
-        return [
-            (name, tensor.clone()) for bucket in learner.weights(bucket_bytes=1 << 16) for name, tensor in bucket
-        ]
+        return [(name, tensor.clone()) for bucket in learner.weights(bucket_bytes=1 << 16) for name, tensor in bucket]
 
     stayed = make(**settings)
     wanted = [step(stayed, iteration) for iteration in (1, 2, 3)], stayed.logprobs(sequences), weights(stayed)

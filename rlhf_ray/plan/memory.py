@@ -7,7 +7,7 @@ longest rows, the chunks of logits of `algorithms.logprobs`, the pages of a sync
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -283,7 +283,9 @@ class _Planner:
         """GiB that an engine may use of each of its GPUs."""
         if self._cluster.gpu_gib is None:
             return None
-        return self._cluster.gpu_gib * settings.memory_share * min(1.0, placed.share.gpus or 1.0)
+        # As `own_part` has it: engines that sleep have the whole GPU while they sample.
+        part = 1.0 if settings.sleep else min(1.0, placed.share.gpus or 1.0)
+        return self._cluster.gpu_gib * settings.memory_share * part
 
     def _sync(
         self, net: Network, lora: schema.Lora | None, dtype: schema.DType, device: torch.device, *, sender: bool
@@ -407,9 +409,13 @@ def learner_parts(
             gradients = 2 * 4 * part
     # A model is read into host memory first, as a whole by every worker.
     host = float(net.parameters) * width if device == "cuda" else 0.0
+    kept = 0.0
     if settings.cpu_offload and stage > 0:
-        host, optimizer = max(host, optimizer + 4 * part), 0.0
+        kept, optimizer = optimizer + 4 * part, 0.0
+        host = max(host, kept)
         gradients = trained * width if stage == 1 else bucket
+    if settings.offload and device == "cuda":
+        host = max(host, kept + weights + gradients + optimizer)
     activations = net.kept_per_token * tokens
     layer = activations / net.layers
     if settings.activation_checkpointing:
@@ -429,6 +435,48 @@ def learner_parts(
         "reserve": RESERVE_GIB[device]["learner"] * GIB,
     }
     return parts, host
+
+
+def gpu_turns(
+    roles: Mapping[str, Mapping[str, float]], *, sleeps: bool, leaving: Collection[str] = ()
+) -> dict[str, float]:
+    """GiB that roles take on a GPU which they share by turns, at each moment of an iteration; the largest must fit.
+
+    The moments are those of `trainers.turns`: `sampling`, with the scoring of an evaluation; `transfer`, with the
+    learners there and the generator's weights alone awake; `proof`, with the policy's weights beside the awake
+    generator; and `learning`, with scoring.
+
+    Args:
+        roles: parts by role, as in RoleMemory, of all workers on the GPU.
+        sleeps: whether the generator gives its memory back while the learners train.
+        leaving: the learners that wait in host memory while the generator samples.
+    """
+    learners = roles.keys() & {"policy", "critic"}
+
+    def taken(role: str, *parts: str) -> float:
+        return sum(value for name, value in roles[role].items() if name in ("reserve", "sync", *parts))
+
+    def learner(role: str, *kept: str) -> float:
+        return taken(role, *(kept if role in leaving else ("weights", "gradients", "optimizer")))
+
+    away = sum(learner(role) for role in learners)
+    present = sum(taken(role, "weights", "gradients", "optimizer") for role in learners)
+    proving = sum(learner(role, *(["weights"] if role == "policy" else [])) for role in learners)
+    learning = sum(sum(roles[role].values()) for role in learners)
+    scorers = roles.keys() - learners - {"generator"}
+    scoring = sum(sum(roles[role].values()) for role in scorers)
+    idle = sum(taken(role, "weights") for role in scorers)
+    generator = roles.get("generator", {})
+    awake = sum(generator.values())
+    asleep, woken = (
+        (taken("generator"), taken("generator", "weights")) if sleeps else (awake - generator.get("logits", 0.0),) * 2
+    )
+    return {
+        "sampling": awake + away + scoring,
+        "transfer": woken + present + idle,
+        "proof": awake + proving + idle,
+        "learning": asleep + learning + scoring,
+    }
 
 
 def scorer_parts(net: Network, dtype: schema.DType, *, tokens: int, device: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.distributed.placement import Cluster
+from tests.integration.test_dpo import tiny_dpo
 from tests.integration.tiny_runs import comparable, run, tiny_ppo, weights_digest
 
 SETTINGS: dict[str, Any] = {
@@ -55,3 +56,14 @@ def test_an_adapter_on_shared_gpus(tmp_path: Path, cluster: Cluster) -> None:
     plain, other = tiny_ppo(tmp_path, run="plain", **adapter), tiny_ppo(tmp_path, run="other", **adapter | leaving)
     assert comparable(run(other, tmp_path)) == comparable(run(plain, tmp_path))
     assert weights_digest(other.run_dir) == weights_digest(plain.run_dir)
+
+
+@pytest.mark.slow
+def test_dpo_whose_evaluation_samples_on_shared_gpus(tmp_path: Path, cluster: Cluster) -> None:
+    """Without a cache, so that the references are asked for alike in both runs."""
+    common: dict[str, Any] = {"epochs": 1, "cache": False, "cache_dir": None, "checkpoints": {"every": 1}}
+    common["evaluation"] = {"every": 1, "prompts": 4, "max_new_tokens": 8}
+    plain = tiny_dpo(tmp_path, run="plain", generator={}, **common)
+    other = tiny_dpo(tmp_path, run="other", generator={"sleep": True}, policy={"offload": True}, **common)
+    assert comparable(run(other, tmp_path)) == comparable(run(plain, tmp_path))
+    assert weights_digest(other.run_dir, "dpo") == weights_digest(plain.run_dir, "dpo")

@@ -300,7 +300,7 @@ class Generator:
             self.engine.wake(self._asleep.pop(0))
 
     def _check_awake(self) -> None:
-        assert not self._asleep, f"the generator's {' and '.join(self._asleep)} are asleep; `wake` comes first"
+        assert not self._asleep, f"the generator sleeps ({' and '.join(self._asleep)}); `wake` comes first"
         assert not self._without_weights, "the generator has given its weights up; `receive_weights` comes first"
 
     def fill_cache(self) -> None:

@@ -54,7 +54,7 @@ def test_a_learner_leaves_the_gpu_and_comes_back(settings: dict[str, Any], llama
         # Rotary tables, kernels' workspaces and the like stay.
         assert torch.cuda.memory_allocated() < held - 4 * parameters * (0.4 if "lora" in settings else 1.0)
         learner.reload()
-        assert torch.cuda.memory_allocated() <= held
+        assert torch.cuda.memory_allocated() <= held + MIB
         assert torch.equal(learner.logprobs(sequences), before)
     learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2)
     assert not torch.equal(learner.logprobs(sequences), before)
@@ -79,17 +79,19 @@ def test_a_generator_sleeps_and_samples_the_same_again(engine: Any, llama_direct
     sampling = schema.Sampling(max_new_tokens=12)
     wanted = generator.generate(prompts, sampling, iteration=1)
     for _ in range(2):
-        free = torch.cuda.mem_get_info()[0]
+        free, allocated = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
         generator.sleep(keep_weights=True)
-        given_back = torch.cuda.mem_get_info()[0] - free
-        assert given_back > (900 * MIB if engine == "vllm" else 0)
+        if engine == "vllm":
+            assert torch.cuda.mem_get_info()[0] - free > 900 * MIB
+        else:
+            assert torch.cuda.memory_allocated() < allocated - MIB
         generator.wake(weights_only=True)
-        with pytest.raises(AssertionError, match="cache are asleep"):
+        with pytest.raises(AssertionError, match="sleeps \(cache\)"):
             generator.probe()
         generator.wake()
         again = generator.generate(prompts, sampling, iteration=1)
         assert torch.equal(again.sequences.tokens, wanted.sequences.tokens)
-        assert torch.equal(again.generator_logprobs, wanted.generator_logprobs)
+        torch.testing.assert_close(again.generator_logprobs, wanted.generator_logprobs, atol=1e-4, rtol=0)
     generator.sleep(keep_weights=False)
     generator.wake()
     with pytest.raises(AssertionError, match="has given its weights up"):

@@ -352,7 +352,7 @@ def test_weights_reach_engines_that_were_asleep(llama: str, lora: schema.Lora | 
     for version in (1, 2):
         sync._turns.learning()
         assert model.nbytes() == 0
-        with pytest.raises(AssertionError, match=r"weights and cache are asleep; `wake` comes first"):
+        with pytest.raises(AssertionError, match=r"sleeps \(weights and cache\); `wake` comes first"):
             worker.probe()
         learner.nudge()
         sync.sync(version)

@@ -50,6 +50,8 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
         yield from _silent_collect(stage)
     elif stage.data.evaluation is None:
         yield ["evaluation"], "without data.evaluation", ["data.evaluation"]
+    if generator_of(stage) is None:
+        yield ["policy.offload"], "without a generator, which it makes room for", []
     for role, learner in learners(stage):
         if isinstance(learner, Critic) and learner.kind == "value_head":
             continue
@@ -76,6 +78,7 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
 
 def _silent_collect(stage: Collect) -> Iterator[_Silent]:
     yield ["data.evaluation", "checkpoints.best"], "in a collect stage, which evaluates nothing", []
+    yield ["generator.sleep"], "in a collect stage, which has no learners to make room for", []
     yield from _silent_revision("policy", stage.policy.model)
     uses = {
         "best_worst": ["min_margin"],

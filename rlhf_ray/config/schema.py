@@ -129,6 +129,9 @@ class Learner(Workers):
     With bfloat16 it is 2 at least."""
     cpu_offload: StrictBool = False
     """Keep optimizer states in host memory (ZeRO 1 to 3)."""
+    offload: StrictBool = False
+    """Keep weights, gradients and optimizer states in host memory while the generators sample; wants staleness 0. On a
+    CPU nothing is moved: host memory is all there is."""
     activation_checkpointing: StrictBool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     micro_batch_tokens: Count | None = None
@@ -136,8 +139,6 @@ class Learner(Workers):
     16384 on GPU."""
     micro_batch_sequences: Count | None = None
     """Most sequences in one forward pass; unset: the token budget alone decides."""
-    offload: StrictBool = False
-    """Move weights and optimizer states to host memory while the role does not work, so that others have its GPU."""
     lora: Lora | None = None
     """Train an adapter on the frozen network; unset: train the whole network."""
     optimizer: Optimizer = Optimizer()
@@ -206,10 +207,11 @@ class Generator(Workers):
     memory_share: Annotated[Number, Field(gt=0, le=1)] = 0.85
     """Share of a GPU's memory that the engine may use: of its own part of the GPU, with `sleep` or `colocate_with` of
     the whole."""
+    sleep: StrictBool = False
+    """Give the GPU's memory back while the learners train; wants staleness 0. On a CPU nothing is moved: host memory is
+    all there is."""
     max_sequences: Count = 128
     """Most sequences decoded at once by one engine."""
-    sleep: StrictBool = False
-    """Give the GPU's memory free while the engine does not sample, so that learners have it."""
     prefix_caching: StrictBool = True
     """Keep the keys and values of prompts seen under the present weights."""
     compile: StrictBool = False

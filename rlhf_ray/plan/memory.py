@@ -7,7 +7,7 @@ longest rows, the chunks of logits of `algorithms.logprobs`, the pages of a sync
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ class SharedMemory:
 
     Args:
         roles: whose workers share it.
-        moment: when that is; empty where nobody ever gives memory free.
+        moment: when that is, as in `gpu_turns`; empty where no generator is among them.
         total: GiB of all of them together then.
         room: GiB that the GPU has for them; None where that is not known.
         advice: the setting that helps most where it does not fit.
@@ -311,7 +311,9 @@ class _Planner:
         """GiB that an engine may use of each of its GPUs."""
         if self._cluster.gpu_gib is None:
             return None
-        return self._cluster.gpu_gib * settings.memory_share * min(1.0, placed.room.gpus or 1.0)
+        # As `own_part` has it: engines that sleep have the whole GPU while they sample.
+        part = 1.0 if settings.sleep else min(1.0, placed.room.gpus or 1.0)
+        return self._cluster.gpu_gib * settings.memory_share * part
 
     def _sync(
         self, net: Network, lora: schema.Lora | None, dtype: schema.DType, device: torch.device, *, sender: bool
@@ -365,7 +367,7 @@ class _Planner:
             role=placed.role,
             device="GPU" if gpu else "host",
             parts={name: value / GIB for name, value in parts.items() if value},
-            host=max(host, _given_free(entry, parts)) / GIB + (RESERVE_GIB["cpu"]["scorer"] if gpu else 0.0),
+            host=host / GIB + (RESERVE_GIB["cpu"]["scorer"] if gpu else 0.0),
             room=room,
             note=self._cache_note(entry, parts) if entry.section == "generator" else "",
             advice=None,
@@ -376,7 +378,7 @@ class _Planner:
         return replace(found, advice=_best(self.savings(entry), found.total - room))
 
     def shared(self, entries: list[_Role], roles: list[RoleMemory]) -> Iterator[SharedMemory]:
-        """The GPUs that several roles share: what those take together that do not give memory free at the time."""
+        """The GPUs that several roles share, which take turns where their settings say so."""
         by_host: dict[str, list[tuple[_Role, RoleMemory]]] = {}
         for entry, role in zip(entries, roles, strict=True):
             if role.device == "GPU":
@@ -384,31 +386,23 @@ class _Planner:
         for members in by_host.values():
             if len(members) < 2:
                 continue
-            moments = {
-                moment: sum(_awake(entry, role, moment) for entry, role in members)
-                for moment in ("sampling", "learning")
-            }
+            parts = {role.role: role.parts for _, role in members}
+            settings = {role.role: entry.settings for entry, role in members}
+            moments = _turns(parts, settings)
             moment = max(moments, key=lambda name: moments[name])
             total, room = moments[moment], None
             if self._cluster.gpu_gib is not None:
                 room = self._cluster.gpu_gib * min(1.0, members[0][0].placed.room.gpus)
-            yield SharedMemory(
-                roles=tuple(role.role for _, role in members),
-                moment=moment if len(set(moments.values())) > 1 else "",
-                total=total,
-                room=room,
-                advice=None if room is None or total <= room else self._sharers_advice(members, moment, total - room),
-            )
-
-    def _sharers_advice(self, members: list[tuple[_Role, RoleMemory]], moment: str, missing: float) -> str | None:
-        found = [saving for entry, _ in members for saving in self.savings(entry)]
-        for entry, role in members:
-            name = {"generator": "sleep", "policy": "offload", "critic": "offload"}.get(entry.section, "")
-            if name and not getattr(entry.settings, name):
-                slept = replace(entry, settings=entry.settings.model_copy(update={name: True}))
-                saved = _awake(entry, role, moment) - _awake(slept, role, moment)
-                found.append((saved, f"{entry.section}.{name}=true"))
-        return _best(found, missing)
+            advice = None
+            if room is not None and total > room:
+                found = [saving for entry, _ in members for saving in self.savings(entry)]
+                for section, name in (("generator", "sleep"), ("policy", "offload"), ("critic", "offload")):
+                    if section in settings and not getattr(settings[section], name):
+                        changed = settings | {section: settings[section].model_copy(update={name: True})}
+                        found.append((total - max(_turns(parts, changed).values()), f"{section}.{name}=true"))
+                advice = _best(found, total - room)
+            takes_turns = "generator" in settings and moments["learning"] != moments["sampling"]
+            yield SharedMemory(tuple(parts), moment if takes_turns else "", total, room, advice)
 
     def _cache_note(self, entry: _Role, parts: Mapping[str, float]) -> str:
         settings = entry.settings
@@ -438,22 +432,11 @@ class _Planner:
         return max(each.values())
 
 
-def _awake(entry: _Role, role: RoleMemory, moment: str) -> float:
-    """GiB of a GPU that a worker holds while the engines sample, or while the learners learn."""
-    settings = entry.settings
-    away = (moment == "learning" and getattr(settings, "sleep", False)) or (
-        moment == "sampling" and getattr(settings, "offload", False)
-    )
-    return role.parts.get("reserve", 0.0) if away else role.total
-
-
-def _given_free(entry: _Role, parts: Mapping[str, float]) -> float:
-    """Bytes that lie in host memory while a worker gives its GPU's free."""
-    if not entry.placed.share.gpus:
-        return 0.0
-    if getattr(entry.settings, "offload", False):
-        return parts["weights"] + parts["optimizer"]
-    return parts["weights"] if getattr(entry.settings, "sleep", False) else 0.0
+def _turns(parts: Mapping[str, Mapping[str, float]], settings: Mapping[str, Any]) -> dict[str, float]:
+    """GiB of a GPU that roles share at each moment, under their settings."""
+    leaving = [role for role, own in settings.items() if getattr(own, "offload", False)]
+    sleeps = "generator" in settings and settings["generator"].sleep
+    return gpu_turns(parts, sleeps=sleeps, leaving=leaving)
 
 
 def learner_parts(
@@ -488,9 +471,13 @@ def learner_parts(
             gradients = 2 * 4 * part
     # A model is read into host memory first, as a whole by every worker.
     host = float(net.parameters) * width if device == "cuda" else 0.0
+    kept = 0.0
     if settings.cpu_offload and stage > 0:
-        host, optimizer = max(host, optimizer + 4 * part), 0.0
+        kept, optimizer = optimizer + 4 * part, 0.0
+        host = max(host, kept)
         gradients = trained * width if stage == 1 else bucket
+    if settings.offload and device == "cuda":
+        host = max(host, kept + weights + gradients + optimizer)
     activations = net.kept_per_token * tokens
     layer = activations / net.layers
     if settings.activation_checkpointing:
@@ -510,6 +497,48 @@ def learner_parts(
         "reserve": RESERVE_GIB[device]["learner"] * GIB,
     }
     return parts, host
+
+
+def gpu_turns(
+    roles: Mapping[str, Mapping[str, float]], *, sleeps: bool, leaving: Collection[str] = ()
+) -> dict[str, float]:
+    """GiB that roles take on a GPU which they share by turns, at each moment of an iteration; the largest must fit.
+
+    The moments are those of `trainers.turns`: `sampling`, with the scoring of an evaluation; `transfer`, with the
+    learners there and the generator's weights alone awake; `proof`, with the policy's weights beside the awake
+    generator; and `learning`, with scoring.
+
+    Args:
+        roles: parts by role, as in RoleMemory, of all workers on the GPU.
+        sleeps: whether the generator gives its memory back while the learners train.
+        leaving: the learners that wait in host memory while the generator samples.
+    """
+    learners = roles.keys() & {"policy", "critic"}
+
+    def taken(role: str, *parts: str) -> float:
+        return sum(value for name, value in roles[role].items() if name in ("reserve", "sync", *parts))
+
+    def learner(role: str, *kept: str) -> float:
+        return taken(role, *(kept if role in leaving else ("weights", "gradients", "optimizer")))
+
+    away = sum(learner(role) for role in learners)
+    present = sum(taken(role, "weights", "gradients", "optimizer") for role in learners)
+    proving = sum(learner(role, *(["weights"] if role == "policy" else [])) for role in learners)
+    learning = sum(sum(roles[role].values()) for role in learners)
+    scorers = roles.keys() - learners - {"generator"}
+    scoring = sum(sum(roles[role].values()) for role in scorers)
+    idle = sum(taken(role, "weights") for role in scorers)
+    generator = roles.get("generator", {})
+    awake = sum(generator.values())
+    asleep, woken = (
+        (taken("generator"), taken("generator", "weights")) if sleeps else (awake - generator.get("logits", 0.0),) * 2
+    )
+    return {
+        "sampling": awake + away + scoring,
+        "transfer": woken + present + idle,
+        "proof": awake + proving + idle,
+        "learning": asleep + learning + scoring,
+    }
 
 
 def scorer_parts(net: Network, dtype: schema.DType, *, tokens: int, device: str) -> dict[str, float]:

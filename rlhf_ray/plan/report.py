@@ -240,6 +240,13 @@ _PARTS = {
     "reserve": "reserve",
 }
 
+_MOMENTS = {
+    "sampling": "the engines sample",
+    "transfer": "weights are sent",
+    "proof": "the engines prove their weights",
+    "learning": "the learners learn",
+}
+
 
 def _memory_table(stages: Sequence[StageMemory]) -> Table:
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
@@ -285,7 +292,9 @@ def _memory_lines(plan: Plan) -> list[str]:
                 lines += [f"  what helps most: {role.advice}"] if role.advice else []
         for shared in stage.shared:
             if shared.moment:
-                lines.append(f"{stage.stage}: what is on {shared.roles[0]}'s GPU takes most while {shared.moment}.")
+                lines.append(
+                    f"{stage.stage}: what is on {shared.roles[0]}'s GPU takes most while {_MOMENTS[shared.moment]}."
+                )
             if shared.fits is False:
                 lines.append(
                     f"{stage.stage} {', '.join(shared.roles)} do NOT fit: {_gib(shared.total)} GiB for "

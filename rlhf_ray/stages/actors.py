@@ -46,7 +46,9 @@ def generator_request(stage: str, settings: schema.Generator, *, gpus: float) ->
             )
         settings = settings.model_copy(update={"gpus": float(settings.tensor_parallel)})
     on_gpu = bool(gpus if settings.gpus is None else settings.gpus)
-    return _request("generator", settings, env=engine_environment(settings, gpu=on_gpu), reuse="generator")
+    # vLLM frees the memory of an engine that sleeps a second time when it is closed: its process must end with it.
+    reuse = None if settings.sleep and on_gpu else "generator"
+    return _request("generator", settings, env=engine_environment(settings, gpu=on_gpu), reuse=reuse)
 
 
 def own_part(settings: schema.Generator, placement: Placement) -> schema.Generator:
@@ -102,9 +104,10 @@ class Actors:
     def generator(self, settings: schema.Generator, *, max_length: int) -> RayGroup[Generator]:
         """Engines with the policy's initial weights, for prompt and response of max_length tokens together.
 
-        Where the policy trains an adapter, they take that alone.
+        Where the policy trains an adapter, they take that alone. Engines that sleep do so before another actor starts:
+        vLLM measures what is free, and leaves it to the others.
         """
-        return self._start(
+        group: RayGroup[Generator] = self._start(
             "generator",
             Generator,
             config=own_part(settings, self._placement),
@@ -115,6 +118,10 @@ class Actors:
             seed=stage_seed(self._stage, self._site.config.seed),
             lora=policy.lora if isinstance(policy := self._stage.policy, schema.Learner) else None,
         )
+        if settings.sleep and self._placement.share("generator").gpus:
+            group.ready.result()
+            group.all(Generator.sleep, keep_weights=False).result()
+        return group
 
     def learner(
         self,

@@ -106,7 +106,7 @@ def test_a_layout_is_printed_as_plain_settings(capsys: pytest.CaptureFixture[str
     assert "2 x {CPU 5, GPU 1} (2 on 1)" in out
     assert out.count("those of policy (2 on 1)") == 4
     assert "all on policy's GPU" in words
-    assert "ppo: what is on policy's GPU takes most while sampling." in out
+    assert "ppo: what is on policy's GPU takes most while the engines" in out
     assert max(map(len, out.splitlines())) <= 120
 
 

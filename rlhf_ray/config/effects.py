@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rlhf_ray.config.layouts import roles_of
 from rlhf_ray.config.paths import DATA_ENDINGS, is_local
 from rlhf_ray.config.problems import KeyPath, Problem
 from rlhf_ray.config.schema import (
@@ -21,6 +22,7 @@ from rlhf_ray.config.schema import (
     Reward,
     Source,
     Stage,
+    Workers,
 )
 
 _Silent = tuple[Sequence[str], str, Sequence[str]]
@@ -48,6 +50,8 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
         yield from _silent_collect(stage)
     elif stage.data.evaluation is None:
         yield ["evaluation"], "without data.evaluation", ["data.evaluation"]
+    if generator_of(stage) is None:
+        yield ["policy.offload"], "without a generator, which it makes room for", []
     for role, learner in learners(stage):
         if isinstance(learner, Critic) and learner.kind == "value_head":
             continue
@@ -64,6 +68,8 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
         yield from _silent_generator(generator)
     if isinstance(stage, Ppo | Collect) and stage.data.prompt_length is not None:
         yield ["data.too_long"], "with data.prompt_length, which cuts every prompt", ["data.prompt_length"]
+    for key, settings in roles_of(stage).values():
+        yield from _silent_sharing(".".join(map(str, key)), settings)
     if isinstance(stage, Ppo):
         yield from _silent_ppo(stage)
     if isinstance(stage, Dpo):
@@ -72,6 +78,7 @@ def _silent(stage: Stage) -> Iterator[_Silent]:
 
 def _silent_collect(stage: Collect) -> Iterator[_Silent]:
     yield ["data.evaluation", "checkpoints.best"], "in a collect stage, which evaluates nothing", []
+    yield ["generator.sleep"], "in a collect stage, which has no learners to make room for", []
     yield from _silent_revision("policy", stage.policy.model)
     uses = {
         "best_worst": ["min_margin"],
@@ -120,6 +127,15 @@ def _silent_reference(stage: Ppo | Dpo) -> Iterator[_Silent]:
         keys = [f"reference.{key}" for key in Reference.model_fields if key not in ("adapter_off", "model", "revision")]
         reason = "while the reference is the policy's network with its adapter off (reference.adapter_off: false)"
         yield keys, reason, ["reference.adapter_off", "policy.lora"]
+
+
+def _silent_sharing(role: str, settings: Workers) -> Iterator[_Silent]:
+    if settings.colocate_with is not None:
+        yield [f"{role}.whole_gpus"], f"with {role}.colocate_with", [f"{role}.colocate_with"]
+    elif settings.gpus is not None:
+        yield [f"{role}.whole_gpus"], f"with {role}.gpus", [f"{role}.gpus"]
+    elif isinstance(settings, FunctionReward):
+        yield [f"{role}.whole_gpus"], "on a function without gpus", [f"{role}.gpus"]
 
 
 def _silent_sources(sources: Sequence[Source], key: str) -> Iterator[_Silent]:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from rlhf_ray.config import describe
 from rlhf_ray.config.describe import METHODS, PIPELINE_KEYS, STAGE_KEYS, Kind
 from rlhf_ray.config.effects import without_effect
+from rlhf_ray.config.layouts import expand_layout
 from rlhf_ray.config.problems import KeyPath, Problem, suggestion
 from rlhf_ray.config.rules import check_rules
 from rlhf_ray.config.schema import Pipeline, Section
@@ -429,7 +430,7 @@ def _validate(document: _Document, pipeline_dir: Path) -> tuple[Pipeline | None,
         text = f"the file has neither `stages` nor a `method`; give stages, or one method at the top ({methods})"
         return None, [Problem(("method",), text)]
     try:
-        pipeline = Pipeline.model_validate(document.tree)
+        pipeline = expand_layout(Pipeline.model_validate(document.tree))
     except ValidationError as error:
         problems = _schema_problems(error, document)
         repaired, broken = _repair(document, [problem.path for problem in problems])
@@ -601,7 +602,7 @@ def _repair(document: _Document, broken: list[KeyPath]) -> tuple[Pipeline | None
     broken = list(broken)
     for _ in range(8):
         try:
-            return Pipeline.model_validate(tree), broken
+            return expand_layout(Pipeline.model_validate(tree)), broken
         except ValidationError as error:
             for path in _wrong_paths(error, tree):
                 if len(path) < 3 and path[:1] == ("stages",):

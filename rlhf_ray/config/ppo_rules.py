@@ -18,6 +18,7 @@ def ppo_rules(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
     yield from _kl(stage, path)
     yield from _sampling(stage, path)
     yield from _batches(stage, path)
+    yield from _turns(stage, path)
     yield from prompt_rules(stage.data, (*path, "data"))
 
 
@@ -90,6 +91,21 @@ def _sampling(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
             "policy's",
             because=tuple((*where, name) for name in filters),
         )
+
+
+def _turns(stage: Ppo, path: KeyPath) -> Iterator[Problem]:
+    if stage.staleness == 0:
+        return
+    asked = [((*path, "generator", "sleep"), stage.generator.sleep)]
+    asked += [((*path, *role, "offload"), learner.offload) for role, learner in learners(stage)]
+    for where, on in asked:
+        if on:
+            yield Problem(
+                where,
+                f"got true, wanted false, or staleness 0: with staleness {stage.staleness} the generators sample while "
+                "the learners train, so neither can leave the GPU",
+                because=((*path, "staleness"),),
+            )
 
 
 def _batches(stage: Ppo, path: KeyPath) -> Iterator[Problem]:

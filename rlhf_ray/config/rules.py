@@ -12,6 +12,7 @@ from pathlib import Path
 from rlhf_ray.config.collect_rules import collect_rules, collected_source_rules
 from rlhf_ray.config.dpo_rules import dpo_rules
 from rlhf_ray.config.effects import generator_of, learners, rewards_of, without_effect
+from rlhf_ray.config.layouts import sharing_rules
 from rlhf_ray.config.paths import check_model_path, check_source, is_local
 from rlhf_ray.config.ppo_rules import ppo_rules
 from rlhf_ray.config.problems import KeyPath, Problem, is_set, suggestion
@@ -79,6 +80,7 @@ def check_rules(pipeline: Pipeline, *, pipeline_dir: Path) -> list[Problem]:
             case _:
                 problems += _steps(stage, path)
         problems += _context(pipeline, index)
+        problems += sharing_rules(pipeline, index)
     for silent in without_effect(pipeline):
         if is_set(pipeline, silent.path):
             problems.append(silent)

@@ -48,6 +48,11 @@ class Workers(Section):
     """CPUs per worker; unset: one each, or an equal share where the machine has fewer cores than workers."""
     gpus: NonNegative | None = None
     """GPUs per worker, fractions allowed; unset: one each where the cluster has GPUs, else none."""
+    colocate_with: str | None = None
+    """A role (policy, critic, reference, generator, reward/NAME) whose i-th worker this role's i-th worker shares the
+    GPU with, in equal parts; on a machine without GPUs they share a bundle of cores. Unset: each worker has its own."""
+    whole_gpus: StrictBool = False
+    """Where `gpus` is unset and there are fewer GPUs than workers: too few is an error, and no GPU is shared."""
 
 
 class NewModel(Section):
@@ -124,6 +129,9 @@ class Learner(Workers):
     With bfloat16 it is 2 at least."""
     cpu_offload: StrictBool = False
     """Keep optimizer states in host memory (ZeRO 1 to 3)."""
+    offload: StrictBool = False
+    """Keep weights, gradients and optimizer states in host memory while the generators sample; wants staleness 0. On a
+    CPU nothing is moved: host memory is all there is."""
     activation_checkpointing: StrictBool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     micro_batch_tokens: Count | None = None
@@ -197,7 +205,11 @@ class Generator(Workers):
     kv_cache_gib: Positive | None = None
     """Memory for the key-value cache; unset: sized for max_sequences on CPU, the rest of memory_share on GPU."""
     memory_share: Annotated[Number, Field(gt=0, le=1)] = 0.85
-    """Share of a GPU's memory that the engine may use."""
+    """Share of a GPU's memory that the engine may use: of its own part of the GPU, with `sleep` or `colocate_with` of
+    the whole."""
+    sleep: StrictBool = False
+    """Give the GPU's memory back while the learners train; wants staleness 0. On a CPU nothing is moved: host memory is
+    all there is."""
     max_sequences: Count = 128
     """Most sequences decoded at once by one engine."""
     prefix_caching: StrictBool = True
@@ -896,6 +908,10 @@ class Placement(Section):
 
     address: str | None = None
     """Address of a Ray cluster (`auto`, HOST:PORT); unset: RAY_ADDRESS where set, else a new local Ray."""
+    layout: Literal["separate", "colocated", "shared_scorers"] | None = None
+    """Stands for settings of the roles, which `plan` prints. separate: each role has whole GPUs of its own; colocated:
+    all roles are on the policy's GPUs, and the generator sleeps while the learners train; shared_scorers: reference and
+    reward models share the critic's GPUs, or where there is none each other's. Unset: as the roles say."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Placement group strategy for the workers."""
     transport: Literal["auto", "shared_memory", "gloo", "nccl", "cuda_ipc"] = "auto"

@@ -15,6 +15,7 @@ from ray import cloudpickle
 
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.rendezvous import Meeting, environment
+from rlhf_ray.distributed.seats import Found
 from rlhf_ray.distributed.supervision import STACK_SIGNAL, Failure, Reply, capture
 from rlhf_ray.distributed.work import Work, work_of
 
@@ -37,24 +38,42 @@ class Host:
             log = None
         return ray.util.get_node_ip_address(), os.getpid(), log
 
+    def where(self) -> Reply:
+        """Where this process is and which GPUs it has, as a Found."""
+        return _timed(_found)
+
     def meet(self) -> tuple[str, int]:
         """An address on this machine that the group's workers can meet at."""
         self._meeting = Meeting(ray.util.get_node_ip_address())
         return self._meeting.address
 
-    def build(self, place: Place, recipe: bytes, address: tuple[str, int] | None, import_path: list[str]) -> Reply:
+    def build(
+        self,
+        place: Place,
+        recipe: bytes,
+        address: tuple[str, int] | None,
+        local: tuple[int, int],
+        import_path: list[str],
+    ) -> Reply:
         """Makes the worker.
 
         Args:
             place: its role and rank.
             recipe: pickled (class, args, kwargs).
             address: where the group meets; None for a group that does not.
+            local: number of the worker among those of its group on this node, and how many they are.
             import_path: the driver's, so that modules beside a pipeline file are found here too.
         """
         sys.path.extend(entry for entry in import_path if entry not in sys.path)
         if address is not None:
             node = ray.util.get_node_ip_address()
-            self._variables = environment(address, rank=place.rank, size=place.size, node=node)
+            self._variables = environment(
+                address,
+                rank=place.rank,
+                size=place.size,
+                local=(0, 1) if ray.get_gpu_ids() else local,
+                node=node,
+            )
             os.environ.update(self._variables)
 
         def make() -> None:
@@ -85,6 +104,16 @@ class Host:
         for name in self._variables:
             os.environ.pop(name, None)
         self._variables = {}
+
+
+def _found() -> Found:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return Found(
+        node=ray.get_runtime_context().get_node_id(),
+        address=ray.util.get_node_ip_address(),
+        gpus=tuple(map(str, ray.get_gpu_ids())),
+        visible=None if visible is None else tuple(part.strip() for part in visible.split(",") if part.strip()),
+    )
 
 
 def _timed(work: Callable[[], Any], arguments: Sequence[Any] = ()) -> Reply:

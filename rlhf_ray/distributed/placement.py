@@ -10,13 +10,13 @@ with Cluster(None, strategy="PACK", start_timeout_s=300, call_timeout_s=3600, re
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,12 +32,29 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.distributed import faults
+from rlhf_ray.distributed.bundles import (
+    Bundle,
+    Capacity,
+    RoleRequest,
+    Share,
+    Shares,
+    assign,
+    count,
+    fit,
+    local_ranks,
+    named,
+    reservations,
+    without_reuse,
+)
 from rlhf_ray.distributed.groups import RayGroup
 from rlhf_ray.distributed.hosts import Host
 from rlhf_ray.distributed.place import Place
-from rlhf_ray.distributed.supervision import Call
-from rlhf_ray.distributed.tracing import Recorder
+from rlhf_ray.distributed.seats import Seat, check_seats
+from rlhf_ray.distributed.supervision import Call, wait
+from rlhf_ray.distributed.tracing import DRIVER, Recorder, Span
 from rlhf_ray.errors import ConfigError, PlacementError
+
+__all__ = ["Capacity", "Cluster", "Placement", "RoleRequest", "Share", "worker_environment"]
 
 P = ParamSpec("P")
 W = TypeVar("W")
@@ -50,6 +67,11 @@ _CLOSE_IDLE_S = 10.0
 _CLOSE_BUSY_S = 2.0
 _GONE_S = 10.0
 _CONNECT_S = 5.0
+# What is given back to a Ray that is not ours counts as taken for about so long.
+_LAG_S = 1.0
+_LAG_STEP_S = 0.05
+# How long Ray may try bundles that by our own packing have no room on the nodes, even if all of them were free.
+_DOUBTFUL_S = 3.0
 # What workers take over from the driver's environment. Never a secret: these values can be read in Ray's own logs.
 _PASSED_ON = (
     "HF_HOME",
@@ -63,155 +85,6 @@ _PASSED_ON = (
     "MALLOC_TRIM_THRESHOLD_",
     faults.VARIABLE,
 )
-
-
-@dataclass(frozen=True)
-class RoleRequest:
-    """What a role asks for.
-
-    Args:
-        role: its name in the configuration.
-        workers: number of workers, each an actor with a bundle of its own.
-        cpus: CPU cores of each worker, fractions allowed; None: 1, or an equal share of the free cores where
-            there are fewer.
-        gpus: GPUs of each worker, fractions allowed; None: 1 where the cluster has any, else 0.
-        env: further environment variables of the processes; never a secret.
-        rendezvous: the workers join one process group: they get RANK, WORLD_SIZE, MASTER_ADDR, ... and every one
-            of them takes part in each split.
-        reuse: the processes may be those of an earlier group with the same key, gpus and env, and are kept for a
-            later one: what a module holds (an engine) lives on. Such a role is reserved apart from the others.
-    """
-
-    role: str
-    workers: int = 1
-    cpus: float | None = None
-    gpus: float | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
-    rendezvous: bool = False
-    reuse: str | None = None
-
-
-@dataclass(frozen=True)
-class Share:
-    """The CPU cores and GPUs of one worker."""
-
-    cpus: float
-    gpus: float
-
-    def bundle(self) -> dict[str, float]:
-        """The share as Ray writes it."""
-        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What a cluster has and what of it is free: CPU cores, GPUs, and the cores and GPUs of each node."""
-
-    cpus: float
-    gpus: float
-    free_cpus: float
-    free_gpus: float
-    nodes: Sequence[Share]
-
-
-def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, may_wait: bool) -> dict[str, Share]:
-    """Each role's share per worker.
-
-    Args:
-        requests: what the roles ask for; role names differ.
-        capacity: what there is.
-        strategy: the placement group's strategy.
-        may_wait: what is taken now may become free, so only what the whole cluster cannot give is refused.
-
-    Raises:
-        PlacementError: the cluster cannot give it; names roles, wanted and free.
-    """
-    each_gpu = _gpu_share(requests, capacity.gpus if may_wait else capacity.free_gpus)
-    gpus = {request.role: each_gpu if request.gpus is None else request.gpus for request in requests}
-    _refuse_ranks_on_one_gpu(requests, gpus)
-    fixed = sum(request.workers * request.cpus for request in requests if request.cpus is not None)
-    unset = sum(request.workers for request in requests if request.cpus is None)
-    left = capacity.free_cpus - fixed
-    each = 1.0 if unset <= left else math.floor(100 * left / max(unset, 1) + 1e-6) / 100
-    if each < 0.01:
-        each = 1.0  # nothing to share: the need for whole cores is what is waited for, or reported
-    shares = {
-        request.role: Share(request.cpus if request.cpus is not None else each, gpus[request.role])
-        for request in requests
-    }
-    for name, total, free in (("GPU", capacity.gpus, capacity.free_gpus), ("CPU", capacity.cpus, capacity.free_cpus)):
-        needs = {request.role: request.workers * _of(shares[request.role], name) for request in requests}
-        together = sum(needs.values())
-        if together > (total if may_wait else free) + 1e-6:
-            asked = [f"{role} needs {_count(need, name)}" for role, need in needs.items() if need]
-            summed = f" ({_count(together, name)} together)" if len(asked) > 1 else ""
-            raise PlacementError(
-                f"{', '.join(asked)}{summed}; {free:g} of {total:g} are free. "
-                f"Ask for fewer workers, or set {name.lower()}s to a fraction so that workers share one"
-            )
-    _fit_nodes(requests, shares, capacity.nodes, strategy)
-    return shares
-
-
-def reservations(requests: Sequence[RoleRequest]) -> list[list[RoleRequest]]:
-    """The placement groups that are reserved, each with the request behind each of its bundles.
-
-    Workers whose processes may be used again have a group each, so that they can outlive the others.
-    """
-    together = [request for request in requests if request.reuse is None for _ in range(request.workers)]
-    apart = [[request] for request in requests if request.reuse is not None for _ in range(request.workers)]
-    return [bundles for bundles in (together, *apart) if bundles]
-
-
-def _gpu_share(requests: Sequence[RoleRequest], gpus: float) -> float:
-    """GPUs of each worker that names none: one, or an equal part where there are fewer GPUs than such workers."""
-    fixed = sum(request.workers * request.gpus for request in requests if request.gpus is not None)
-    unset = sum(request.workers for request in requests if request.gpus is None)
-    left = math.floor(gpus - fixed + 1e-6)
-    if gpus == 0:
-        return 0.0
-    # The ranks of one process group cannot share a GPU; they are reported as a shortage.
-    ranks = any(request.rendezvous and request.workers > 1 and request.gpus is None for request in requests)
-    return 1.0 if unset <= left or left < 1 or ranks else math.floor(100 / math.ceil(unset / left)) / 100
-
-
-def _refuse_ranks_on_one_gpu(requests: Sequence[RoleRequest], gpus: Mapping[str, float]) -> None:
-    for request in requests:
-        if request.rendezvous and request.workers > 1 and 0 < gpus[request.role] < 1:
-            raise PlacementError(
-                f"{request.role} has {request.workers} workers with {gpus[request.role]:g} GPUs each: NCCL wants a "
-                f"whole GPU for each. Set {request.role}.workers to 1, or give each a GPU and let the others share"
-            )
-
-
-def _fit_nodes(
-    requests: Sequence[RoleRequest], shares: Mapping[str, Share], nodes: Sequence[Share], strategy: str
-) -> None:
-    everyone = sum(request.workers for request in requests)
-    if strategy == "STRICT_SPREAD" and everyone > len(nodes):
-        raise PlacementError(
-            f"placement.strategy STRICT_SPREAD puts each worker on its own node: {everyone} workers, {len(nodes)} nodes"
-        )
-    pieces = {request.role: shares[request.role] for request in requests}
-    if strategy == "STRICT_PACK":
-        cpus = sum(request.workers * shares[request.role].cpus for request in requests)
-        gpus = sum(request.workers * shares[request.role].gpus for request in requests)
-        pieces = {"all roles on one node (STRICT_PACK)": Share(cpus, gpus)}
-    for name, piece in pieces.items():
-        if not any(piece.cpus <= node.cpus + 1e-6 and piece.gpus <= node.gpus + 1e-6 for node in nodes):
-            largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Share(0, 0))
-            raise PlacementError(
-                f"{name}: one worker needs {_count(piece.cpus, 'CPU')} and {_count(piece.gpus, 'GPU')} on one node; "
-                f"the largest node has {_count(largest.cpus, 'CPU')} and {_count(largest.gpus, 'GPU')}"
-            )
-
-
-def _of(share: Share, name: str) -> float:
-    return share.gpus if name == "GPU" else share.cpus
-
-
-def _count(number: float, name: str) -> str:
-    return f"{number:g} {name}" + ("" if number == 1 else "s")
 
 
 def worker_environment(share: Share, extra: Mapping[str, str]) -> dict[str, str]:
@@ -239,11 +112,12 @@ def worker_environment(share: Share, extra: Mapping[str, str]) -> dict[str, str]
 
 @dataclass(frozen=True)
 class _Seat:
-    """A bundle of a placement group, and the host on it once there is one."""
+    """A worker's part of a bundle of a placement group, and the host on it once there is one."""
 
     group: PlacementGroup
     bundle: int
     share: Share
+    room: Share
     host: Any = None
     process: Any = None
     env: Mapping[str, str] = field(default_factory=dict)
@@ -265,6 +139,7 @@ class _Connection:
         self.folder = folder
         self.idle: list[_Seat] = []
         self._reserved: dict[PlacementGroup, list[Share]] = {}
+        self._settled_at = 0.0
 
     def capacity(self) -> Capacity:
         total = ray.cluster_resources()
@@ -279,26 +154,29 @@ class _Connection:
             held = [share for shares in self._reserved.values() for share in shares]
             free_cpus, free_gpus = cpus - sum(s.cpus for s in held), gpus - sum(s.gpus for s in held)
         else:
-            free = ray.available_resources()
-            free_cpus, free_gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
+            free_cpus, free_gpus = _available()
+            while time.monotonic() < self._settled_at and (free_cpus < cpus or free_gpus < gpus):
+                time.sleep(_LAG_STEP_S)
+                free_cpus, free_gpus = _available()
         return Capacity(cpus, gpus, round(free_cpus, 4), round(free_gpus, 4), nodes)
 
     def reserve(self, shares: list[Share], strategy: str, timeout_s: float) -> PlacementGroup | None:
         """One placement group with a bundle for each share; None when it did not come about in time."""
         group = placement_group([share.bundle() for share in shares], strategy=strategy)
         self._reserved[group] = shares
+        placed = False
         try:
-            if group.wait(timeout_s):
-                return group
-        except BaseException:
-            self.release(group)
-            raise
-        self.release(group)
-        return None
+            placed = group.wait(timeout_s)
+        finally:
+            if not placed:
+                self._reserved.pop(group)
+                remove_placement_group(group)
+        return group if placed else None
 
     def release(self, group: PlacementGroup) -> None:
         self._reserved.pop(group, None)
         remove_placement_group(group)
+        self._settled_at = time.monotonic() + _LAG_S
 
     def evict(self) -> None:
         """Ends the host that has been idle for longest."""
@@ -331,6 +209,12 @@ class _Connection:
                 ray.shutdown()
             if self.folder is not None:
                 shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _available() -> tuple[float, float]:
+    """Free CPU cores and GPUs, as Ray knows them."""
+    free = ray.available_resources()
+    return free.get("CPU", 0.0), free.get("GPU", 0.0)
 
 
 def _serves(seat: _Seat, request: RoleRequest) -> bool:
@@ -428,13 +312,14 @@ class Cluster:
         return _connection.capacity().gpus
 
     def reserve(self, requests: Sequence[RoleRequest]) -> Placement:
-        """Room for all roles at once, in one placement group (roles with `reuse` apart).
+        """Room for all roles at once, in one placement group (roles with `reuse` that share no bundle apart).
 
         Raises:
             PlacementError: the cluster does not have it, or not within start_timeout_s; names roles, wanted and free.
         """
         assert _connection is not None, "the cluster is not open"
         connection = _connection
+        requests = without_reuse(requests)
         seats = {request.role: connection.take(request) for request in requests}
         missing = [
             replace(request, workers=request.workers - len(seats[request.role]))
@@ -452,14 +337,15 @@ class Cluster:
         self._placements.append(placement)
         try:
             shares = self._fit(connection, missing)
+            doubt = self._doubt(connection, missing, shares)
             for bundles in reservations(missing):
-                self._reserve(connection, bundles, shares, seats)
+                self._reserve(connection, bundles, shares, seats, doubt)
         except BaseException:
             placement.close()
             raise
         return placement
 
-    def _fit(self, connection: _Connection, missing: Sequence[RoleRequest]) -> dict[str, Share]:
+    def _fit(self, connection: _Connection, missing: Sequence[RoleRequest]) -> Shares:
         """The shares; idle hosts are ended where they are in the way."""
         while True:
             try:
@@ -474,28 +360,44 @@ class Cluster:
                     raise
                 connection.evict()
 
+    def _doubt(self, connection: _Connection, missing: Sequence[RoleRequest], shares: Shares) -> PlacementError | None:
+        """Why the bundles have no room on the nodes, even if all were free; None where they have."""
+        try:
+            assign(missing, shares, connection.capacity().nodes, strategy=self._strategy)
+        except PlacementError as error:
+            return error
+        return None
+
     def _reserve(
         self,
         connection: _Connection,
-        bundles: Sequence[RoleRequest],
-        shares: Mapping[str, Share],
+        bundles: Sequence[Bundle],
+        shares: Shares,
         seats: Mapping[str, list[_Seat]],
+        doubt: PlacementError | None,
     ) -> None:
-        group = connection.reserve([shares[request.role] for request in bundles], self._strategy, self._start_timeout_s)
+        rooms = [shares.of(bundle) for bundle in bundles]
+        timeout_s = self._start_timeout_s if doubt is None else min(_DOUBTFUL_S, self._start_timeout_s)
+        group = connection.reserve(rooms, self._strategy, timeout_s)
+        if group is None and doubt is not None:
+            raise doubt
         if group is None:
             capacity = connection.capacity()
+            kinds: dict[tuple[str, Share], int] = {}
+            for bundle, room in zip(bundles, rooms, strict=True):
+                kinds[named(bundle), room] = kinds.get((named(bundle), room), 0) + 1
             wanted = ", ".join(
-                f"{request.role} {request.workers} x ({_count(shares[request.role].cpus, 'CPU')}, "
-                f"{_count(shares[request.role].gpus, 'GPU')})"
-                for request in {request.role: request for request in bundles}.values()
+                f"{name} {number} x ({count(room.cpus, 'CPU')}, {count(room.gpus, 'GPU')})"
+                for (name, room), number in kinds.items()
             )
             raise PlacementError(
-                f"not placed within {self._start_timeout_s:g} s (placement.start_timeout_s), "
+                f"not placed within {timeout_s:g} s (placement.start_timeout_s), "
                 f"strategy {self._strategy}: {wanted}; free are {capacity.free_cpus:g} of "
-                f"{_count(capacity.cpus, 'CPU')} and {capacity.free_gpus:g} of {_count(capacity.gpus, 'GPU')}"
+                f"{count(capacity.cpus, 'CPU')} and {capacity.free_gpus:g} of {count(capacity.gpus, 'GPU')}"
             )
-        for index, request in enumerate(bundles):
-            seats[request.role].append(_Seat(group, index, shares[request.role]))
+        for index, (bundle, room) in enumerate(zip(bundles, rooms, strict=True)):
+            for request in bundle:
+                seats[request.role].append(_Seat(group, index, shares.workers[request.role], room))
 
 
 class Placement:
@@ -518,6 +420,7 @@ class Placement:
         self._call_timeout_s = call_timeout_s
         self._recorder = recorder
         self._groups: list[RayGroup[Any]] = []
+        self._asked: dict[str, list[Call]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -531,9 +434,14 @@ class Placement:
         """What one worker of the role has."""
         return self._seats[role][0].share
 
+    def room(self, role: str) -> Share:
+        """What the bundle of one worker of the role has; it may share that with other roles."""
+        return self._seats[role][0].room
+
     def nodes(self, role: str) -> list[str]:
         """The id of each worker's node, in rank order."""
-        return [str(placement_group_table(seat.group)["bundles_to_node_id"][seat.bundle]) for seat in self._seats[role]]
+        tables = {seat.group: placement_group_table(seat.group)["bundles_to_node_id"] for seat in self._seats[role]}
+        return [str(tables[seat.group][seat.bundle]) for seat in self._seats[role]]
 
     def start(
         self, role: str, worker_class: Callable[Concatenate[Place, P], W], /, *args: P.args, **kwargs: P.kwargs
@@ -547,18 +455,13 @@ class Placement:
         self._seats[role] = seats
         recipe = ray.put(cloudpickle.dumps((worker_class, args, kwargs)))
         address = seats[0].host.meet.remote() if request.rendezvous else None
-        built = [
-            Call(
-                reply=seat.host.build.remote(Place(role, rank, len(seats)), recipe, address, sys.path),
-                role=role,
-                rank=rank,
-                method="start",
-                timeout_s=self._start_timeout_s,
-                setting="placement.start_timeout_s",
-                process=seat.process,
-            )
+        local = local_ranks(self.nodes(role)) if request.rendezvous else [(0, 1)] * len(seats)
+        self._asked[role] = self._calls(role, seats, [seat.host.where.remote() for seat in seats])
+        replies = [
+            seat.host.build.remote(Place(role, rank, len(seats)), recipe, address, local[rank], sys.path)
             for rank, seat in enumerate(seats)
         ]
+        built = self._calls(role, seats, replies)
         group: RayGroup[W] = RayGroup(
             role,
             [seat.host for seat in seats],
@@ -571,6 +474,38 @@ class Placement:
         self._groups.append(group)
         return group
 
+    def verify(self) -> list[str]:
+        """Where each started worker is, such as `policy 0: node 10.0.0.1, GPU 3`; also in the trace.
+
+        To be called when all roles are started. Waits for the processes, not for what they build.
+
+        Raises:
+            PlacementError: a worker is on another node or GPU than it was placed on; names role, rank, got, wanted.
+            WorkerError: a process did not come up.
+        """
+        calls = [call for asked in self._asked.values() for call in asked]
+        found = {(call.role, call.rank): reply.value for call, reply in zip(calls, wait(calls), strict=True)}
+        seats = [
+            Seat(
+                role=role,
+                rank=rank,
+                share=seat.share,
+                ranks_meet=self._requests[role].rendezvous,
+                bundle=(seat.group.id.hex(), seat.bundle),
+                node=node,
+                found=found[role, rank],
+            )
+            for role in self._asked
+            for rank, (seat, node) in enumerate(zip(self._seats[role], self.nodes(role), strict=True))
+        ]
+        check_seats(seats)
+        now = time.time()
+        number = self._recorder.begin(DRIVER, "verify places")
+        self._recorder.finish(
+            number, [Span(seat.role, seat.rank, "placed", now, now, place=seat.found.text) for seat in seats]
+        )
+        return [f"{seat.role} {seat.rank}: {seat.found.text}" for seat in seats]
+
     def close(self) -> None:
         """Ends the groups and gives the room back; may be called again."""
         try:
@@ -582,6 +517,21 @@ class Placement:
             for room in groups - kept:
                 self._connection.release(room)
             self._seats = {role: [] for role in self._seats}
+
+    def _calls(self, role: str, seats: Sequence[_Seat], replies: Sequence[Any]) -> list[Call]:
+        """The calls with which the role's workers start."""
+        return [
+            Call(
+                reply=reply,
+                role=role,
+                rank=rank,
+                method="start",
+                timeout_s=self._start_timeout_s,
+                setting="placement.start_timeout_s",
+                process=seat.process,
+            )
+            for rank, (seat, reply) in enumerate(zip(seats, replies, strict=True))
+        ]
 
     def _seated(self, seat: _Seat, request: RoleRequest, rank: int) -> _Seat:
         if seat.host is not None:

@@ -26,20 +26,23 @@ class Meeting:
         self._socket.close()
 
 
-def environment(address: tuple[str, int], *, rank: int, size: int, node: str) -> dict[str, str]:
+def environment(address: tuple[str, int], *, rank: int, size: int, local: tuple[int, int], node: str) -> dict[str, str]:
     """The variables that torch.distributed and DeepSpeed read.
 
     Args:
         address: host and port of rank 0.
         rank: this worker's rank.
         size: number of workers.
+        local: local rank and number of local ranks. Libraries take the local rank for the number of the process's GPU
+            among those that it sees; a worker that has a GPU sees that one alone, and is (0, 1).
         node: this machine's address, whose interface gloo is to use.
     """
     host, port = address
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
-        "LOCAL_RANK": "0",  # each actor sees only its own GPU
+        "LOCAL_RANK": str(local[0]),
+        "LOCAL_WORLD_SIZE": str(local[1]),
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
     }

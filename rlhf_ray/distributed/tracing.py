@@ -30,6 +30,7 @@ class Span:
         tokens: tokens that the worker sampled or read; 0 where the call is not about tokens.
         nbytes: bytes of weights that it sent or received.
         cpu_s: CPU seconds of the worker's process meanwhile.
+        place: node and GPU of the worker, where the span says that.
     """
 
     role: str
@@ -41,6 +42,7 @@ class Span:
     tokens: int = 0
     nbytes: int = 0
     cpu_s: float = 0.0
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,22 @@ class Recorder:
         with self._lock:
             spans, self._spans = self._spans, []
         return spans
+
+
+def places_by_role(spans: Iterable[Span]) -> list[str]:
+    """A line for each role of where its workers are; none where all are on one machine without a GPU."""
+    places: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for span in spans:
+        if span.place:
+            places[span.role][span.place].append(span.rank)
+    if all("no GPU" in place for found in places.values() for place in found) and (
+        len({place for found in places.values() for place in found}) < 2
+    ):
+        return []
+    return [
+        f"{role} " + "; ".join(f"{', '.join(map(str, ranks))}: {place}" for place, ranks in found.items())
+        for role, found in places.items()
+    ]
 
 
 def seconds_by_method(spans: Iterable[Span]) -> dict[tuple[str, str], float]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from rlhf_ray.config import schema
+from rlhf_ray.engines.host_copies import HostCopies, held_tensors
 from rlhf_ray.errors import CheckpointError
 
 # transformers may import DeepSpeed before this file does, and DeepSpeed warns where it has to guess.
@@ -124,6 +125,10 @@ class TrainingEngine:
                 dist_init_required=False,
             )[0]
         self._engine.checkpoint_engine.load = _load_safely
+        # On a CPU host memory is all there is.
+        self.moves_states = device.type == "cuda"
+        self._weights, self._states = HostCopies(), HostCopies()
+        self._away: tuple[str, ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -133,6 +138,7 @@ class TrainingEngine:
 
     def forward(self, *inputs: Any) -> Any:
         """The network's outputs."""
+        self._check_here("weights")
         return self._engine(*inputs)
 
     def train(self, mode: bool) -> None:
@@ -141,6 +147,7 @@ class TrainingEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the loss's gradients; every rank must call it equally often between two steps."""
+        self._check_here("states")
         with _quiet():
             self._engine.backward(loss, scale_wrt_gas=False)
 
@@ -150,6 +157,7 @@ class TrainingEngine:
         A gradient that is not finite skips the step (weights and moments stay) and counts in `skipped_steps`; the norm
         is then nan.
         """
+        self._check_here("states")
         rate = learning_rate(self.settings.optimizer, step=self.steps, total_steps=self.total_steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -189,6 +197,7 @@ class TrainingEngine:
         Args:
             owned: the network's own tensors by the names that they are to have.
         """
+        self._check_here("weights")
         bucket: list[str] = []
         filled = 0
         for name, tensor in owned.items():
@@ -216,6 +225,7 @@ class TrainingEngine:
 
         Frozen weights are left out.
         """
+        self._check_here("weights", "states")
         self._engine.save_checkpoint(
             str(directory),
             tag=_TAG,
@@ -230,6 +240,7 @@ class TrainingEngine:
         Raises:
             CheckpointError: nothing there, or not of this ZeRO stage and number of ranks.
         """
+        self._check_here("weights", "states")
         if not (directory / _TAG).is_dir():
             raise CheckpointError(f"{directory}: no learner state here; wanted a folder written by Learner.save")
         try:
@@ -247,6 +258,34 @@ class TrainingEngine:
         if self._has_frozen and src.keys() != self._trained:
             raise ValueError("its weights are not those that are trained here")
         dst.load_state_dict(src, strict=not self._has_frozen)
+
+    def offload(self, *, keep_weights: bool = False) -> None:
+        """Moves gradients, optimizer states and master weights into host memory, and the weights unless they are kept.
+
+        On a CPU nothing is moved. DeepSpeed's own `offload_states` is not used: it knows no stage 0, at stage 3 no
+        optimizer but its own, and it leaves AdamW's step counters on the GPU.
+        """
+        self._away = ("states",) if keep_weights and "weights" not in self._away else ("states", "weights")
+        if not self.moves_states:
+            return
+        if self.stage == 3:
+            self._engine.empty_partition_cache()
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        weights = tensors + [tensor.ds_tensor for tensor in tensors if hasattr(tensor, "ds_tensor")]
+        held = held_tensors(tensors, self._engine.optimizer, packages=("deepspeed", "torch"))
+        self._states.offload(held, device=self.device, but=weights)
+        if "weights" in self._away:
+            self._weights.offload(weights, device=self.device)
+
+    def reload(self) -> None:
+        """Brings back what is in host memory, bit for bit."""
+        self._weights.reload()
+        self._states.reload()
+        self._away = ()
+
+    def _check_here(self, *parts: str) -> None:
+        missing = [part for part in parts if part in self._away]
+        assert not missing, f"the learner's {' and '.join(missing)} are in host memory; `reload` comes first"
 
     def close(self) -> None:
         """Frees the engine's hooks and buffers; the process group stays."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rlhf_ray.config import schema
 from rlhf_ray.distributed.transports import ReceivedWeights, TransportSpec
+
+EnginePart = Literal["weights", "cache"]
+"""What an engine holds on a GPU: its weights, and the keys and values of the tokens it has seen."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,17 @@ class GenerationEngine(Protocol):
 
     def reset_prefix_cache(self) -> None:
         """Forgets keys and values of the weights before; those of unfinished responses are computed anew."""
+
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Gives the GPU's memory back; nothing was started that has not ended. On a CPU nothing is moved.
+
+        Args:
+            keep_weights: they wait in host memory; else the next transfer brings all of them. What no transfer brings,
+                the frozen weights under an adapter, is kept in either case.
+        """
+
+    def wake(self, part: EnginePart) -> None:
+        """Takes memory for this part again: the weights come first, and a transfer may come in between."""
 
     def memory_gib(self) -> float:
         """Peak memory so far: the GPU's where there is one, else the process's."""

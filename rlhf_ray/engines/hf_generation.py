@@ -13,7 +13,8 @@ from rlhf_ray.algorithms.logprobs import token_logprobs
 from rlhf_ray.config import schema
 from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.transports import Inbox, ReceivedWeights, TransportSpec
-from rlhf_ray.engines.generation import Sample
+from rlhf_ray.engines.generation import EnginePart, Sample
+from rlhf_ray.engines.host_copies import HostCopies
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.loading import load_causal_lm, load_eos_token_ids, load_tokenizer
 from rlhf_ray.models.lora import adapter_weights, add_adapter
@@ -54,6 +55,9 @@ class HfEngine:
         self._tokenizer = load_tokenizer(tokenizer)
         self._stop_token_ids = sorted(load_eos_token_ids(model, revision, self._tokenizer))
         self._inbox = Inbox()
+        # On a CPU host memory is all there is.
+        self.moves_weights = self._device.type == "cuda"
+        self._copies = HostCopies()
         self._version = 0
         self._started = 0
         self._queue: deque[tuple[int, list[int], schema.Sampling, int]] = deque()
@@ -160,6 +164,16 @@ class HfEngine:
 
     def reset_prefix_cache(self) -> None:
         """Nothing is kept between calls."""
+
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Moves the model into host memory, also where its weights are not to be kept; on a CPU nothing is moved."""
+        if self.moves_weights:
+            self._copies.offload([*self._model.parameters(), *self._model.buffers()], device=self._device)
+
+    def wake(self, part: EnginePart) -> None:
+        """Brings the model back; it has no cache."""
+        if part == "weights":
+            self._copies.reload()
 
     def memory_gib(self) -> float:
         """Peak memory so far: the GPU's where there is one, else the process's."""

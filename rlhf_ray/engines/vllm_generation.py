@@ -24,7 +24,7 @@ from rlhf_ray.config.role_rules import ADAPTER_RANKS
 from rlhf_ray.distributed.memory import peak_memory_gib
 from rlhf_ray.distributed.transports import Inbox, ReceivedWeights, TransportSpec
 from rlhf_ray.engines.adapters import adapter_files, layer_names
-from rlhf_ray.engines.generation import Sample
+from rlhf_ray.engines.generation import EnginePart, Sample
 from rlhf_ray.errors import ConfigError, InstallError, WeightSyncError
 from rlhf_ray.models.loading import (
     head_dim,
@@ -42,6 +42,7 @@ _CPU_BLOCK = 32
 _CPU_STEP_TOKENS = 1024
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _CPU_CACHE_LIMIT = 2 << 30
+_SLEEP_TAGS: dict[EnginePart, str] = {"weights": "weights", "cache": "kv_cache"}
 _EXTENSION = "rlhf_ray.engines.vllm_worker_extension.WeightReceiver"
 
 
@@ -149,6 +150,7 @@ class VllmEngine:
         source = {"model": model, "revision": revision, "tokenizer": tokenizer}
         self._llm: Any = _start(source | arguments, config, model_config, gpu=gpu)
         self._llm.llm_engine.set_weight_version("0")
+        self._sleeps = gpu and config.sleep
         self._block = self._llm.llm_engine.vllm_config.cache_config.block_size if config.prefix_caching else 0
 
     @property
@@ -345,6 +347,17 @@ class VllmEngine:
         if not self._llm.reset_prefix_cache(reset_running_requests=bool(self._unfinished)):
             raise WeightSyncError("the engine's prefix cache cannot be reset while requests are running")
 
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Gives the GPU's memory back, weights and prefix cache with it; on a CPU vLLM cannot, and nothing is moved."""
+        if self._sleeps:
+            # Level 1 keeps the weights in host memory, level 2 the buffers alone.
+            self._llm.sleep(level=1 if keep_weights or self._lora is not None else 2)
+
+    def wake(self, part: EnginePart) -> None:
+        """Takes memory for this part again; vLLM goes on when both are there."""
+        if self._sleeps:
+            self._llm.wake_up(tags=[_SLEEP_TAGS[part]])
+
     def memory_gib(self) -> float:
         """Peak memory so far: the GPUs' where there are any, else the process's."""
         if torch.cuda.is_available():
@@ -412,6 +425,8 @@ def _arguments(config: schema.Generator, model: PretrainedConfig, *, max_model_l
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     else:
         arguments["gpu_memory_utilization"] = config.memory_share
+    if gpu:
+        arguments["enable_sleep_mode"] = config.sleep
     return arguments
 
 

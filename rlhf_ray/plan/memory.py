@@ -7,7 +7,7 @@ longest rows, the chunks of logits of `algorithms.logprobs`, the pages of a sync
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,30 @@ class RoleMemory:
 
 
 @dataclass(frozen=True)
+class SharedMemory:
+    """One GPU that workers of several roles share, at the moment when they take most of it.
+
+    Args:
+        roles: whose workers share it.
+        moment: when that is, as in `gpu_turns`; empty where no generator is among them.
+        total: GiB of all of them together then.
+        room: GiB that the GPU has for them; None where that is not known.
+        advice: the setting that helps most where it does not fit.
+    """
+
+    roles: tuple[str, ...]
+    moment: str
+    total: float
+    room: float | None
+    advice: str | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the GPU has room for all of them; None where that is not known."""
+        return None if self.room is None else self.total <= self.room
+
+
+@dataclass(frozen=True)
 class StageMemory:
     """What the workers of a stage that run at one time take.
 
@@ -88,6 +112,7 @@ class StageMemory:
         stage: the stage's name.
         while_: what happens then.
         roles: in the order of the placement.
+        shared: the GPUs that several roles share.
         host: GiB in host memory of the node that has most, driver and Ray included.
         host_room: GiB that a node has; None where that is not known.
         advice: the setting that helps most where a node has too little.
@@ -96,6 +121,7 @@ class StageMemory:
     stage: str
     while_: str
     roles: tuple[RoleMemory, ...]
+    shared: tuple[SharedMemory, ...]
     host: float
     host_room: float | None
     advice: str | None
@@ -103,7 +129,8 @@ class StageMemory:
     @property
     def fits(self) -> bool | None:
         """Whether every GPU and every node has room; None where that is not known."""
-        known = [role.fits for role in self.roles if role.fits is not None]
+        verdicts = [*(role.fits for role in self.roles), *(shared.fits for shared in self.shared)]
+        known = [fits for fits in verdicts if fits is not None]
         if self.host_room is not None:
             known.append(self.host <= self.host_room)
         return all(known) if known else None
@@ -142,12 +169,13 @@ def plan_memory(
     planner = _Planner(config, stage, placement, numbers, cluster)
     entries = [planner.role(placed) for placed in placement.roles]
     roles = [planner.memory(entry) for entry in entries]
+    shared = tuple(planner.shared(entries, roles))
     host = planner.host(roles)
     advice = None
     if cluster.host_gib is not None and host > cluster.host_gib:
         on_host = [entry for entry, role in zip(entries, roles, strict=True) if role.device == "host"]
         advice = _best([found for entry in on_host for found in planner.savings(entry)], host - cluster.host_gib)
-    return StageMemory(placement.stage, placement.while_, tuple(roles), host, cluster.host_gib, advice)
+    return StageMemory(placement.stage, placement.while_, tuple(roles), shared, host, cluster.host_gib, advice)
 
 
 class _Planner:
@@ -283,7 +311,9 @@ class _Planner:
         """GiB that an engine may use of each of its GPUs."""
         if self._cluster.gpu_gib is None:
             return None
-        return self._cluster.gpu_gib * settings.memory_share * min(1.0, placed.share.gpus or 1.0)
+        # As `own_part` has it: engines that sleep have the whole GPU while they sample.
+        part = 1.0 if settings.sleep else min(1.0, placed.room.gpus or 1.0)
+        return self._cluster.gpu_gib * settings.memory_share * part
 
     def _sync(
         self, net: Network, lora: schema.Lora | None, dtype: schema.DType, device: torch.device, *, sender: bool
@@ -330,7 +360,7 @@ class _Planner:
         gpu = bool(placed.share.gpus)
         room = None
         if gpu and self._cluster.gpu_gib is not None:
-            room = self._cluster.gpu_gib * min(1.0, placed.share.gpus)
+            room = self._cluster.gpu_gib * min(1.0, placed.room.gpus)
             if entry.section == "generator":
                 room = self._budget(placed, entry.settings)
         found = RoleMemory(
@@ -346,6 +376,33 @@ class _Planner:
             return found
         assert room is not None, "what does not fit has too little room"
         return replace(found, advice=_best(self.savings(entry), found.total - room))
+
+    def shared(self, entries: list[_Role], roles: list[RoleMemory]) -> Iterator[SharedMemory]:
+        """The GPUs that several roles share, which take turns where their settings say so."""
+        by_host: dict[str, list[tuple[_Role, RoleMemory]]] = {}
+        for entry, role in zip(entries, roles, strict=True):
+            if role.device == "GPU":
+                by_host.setdefault(entry.placed.shares_with or entry.placed.role, []).append((entry, role))
+        for members in by_host.values():
+            if len(members) < 2:
+                continue
+            parts = {role.role: role.parts for _, role in members}
+            settings = {role.role: entry.settings for entry, role in members}
+            moments = _turns(parts, settings)
+            moment = max(moments, key=lambda name: moments[name])
+            total, room = moments[moment], None
+            if self._cluster.gpu_gib is not None:
+                room = self._cluster.gpu_gib * min(1.0, members[0][0].placed.room.gpus)
+            advice = None
+            if room is not None and total > room:
+                found = [saving for entry, _ in members for saving in self.savings(entry)]
+                for section, name in (("generator", "sleep"), ("policy", "offload"), ("critic", "offload")):
+                    if section in settings and not getattr(settings[section], name):
+                        changed = settings | {section: settings[section].model_copy(update={name: True})}
+                        found.append((total - max(_turns(parts, changed).values()), f"{section}.{name}=true"))
+                advice = _best(found, total - room)
+            takes_turns = "generator" in settings and moments["learning"] != moments["sampling"]
+            yield SharedMemory(tuple(parts), moment if takes_turns else "", total, room, advice)
 
     def _cache_note(self, entry: _Role, parts: Mapping[str, float]) -> str:
         settings = entry.settings
@@ -373,6 +430,13 @@ class _Planner:
             for node, workers in (placed.nodes or {0: placed.workers}).items():
                 each[node] = each.get(node, 0.0) + workers * own
         return max(each.values())
+
+
+def _turns(parts: Mapping[str, Mapping[str, float]], settings: Mapping[str, Any]) -> dict[str, float]:
+    """GiB of a GPU that roles share at each moment, under their settings."""
+    leaving = [role for role, own in settings.items() if getattr(own, "offload", False)]
+    sleeps = "generator" in settings and settings["generator"].sleep
+    return gpu_turns(parts, sleeps=sleeps, leaving=leaving)
 
 
 def learner_parts(
@@ -407,9 +471,13 @@ def learner_parts(
             gradients = 2 * 4 * part
     # A model is read into host memory first, as a whole by every worker.
     host = float(net.parameters) * width if device == "cuda" else 0.0
+    kept = 0.0
     if settings.cpu_offload and stage > 0:
-        host, optimizer = max(host, optimizer + 4 * part), 0.0
+        kept, optimizer = optimizer + 4 * part, 0.0
+        host = max(host, kept)
         gradients = trained * width if stage == 1 else bucket
+    if settings.offload and device == "cuda":
+        host = max(host, kept + weights + gradients + optimizer)
     activations = net.kept_per_token * tokens
     layer = activations / net.layers
     if settings.activation_checkpointing:
@@ -429,6 +497,48 @@ def learner_parts(
         "reserve": RESERVE_GIB[device]["learner"] * GIB,
     }
     return parts, host
+
+
+def gpu_turns(
+    roles: Mapping[str, Mapping[str, float]], *, sleeps: bool, leaving: Collection[str] = ()
+) -> dict[str, float]:
+    """GiB that roles take on a GPU which they share by turns, at each moment of an iteration; the largest must fit.
+
+    The moments are those of `trainers.turns`: `sampling`, with the scoring of an evaluation; `transfer`, with the
+    learners there and the generator's weights alone awake; `proof`, with the policy's weights beside the awake
+    generator; and `learning`, with scoring.
+
+    Args:
+        roles: parts by role, as in RoleMemory, of all workers on the GPU.
+        sleeps: whether the generator gives its memory back while the learners train.
+        leaving: the learners that wait in host memory while the generator samples.
+    """
+    learners = roles.keys() & {"policy", "critic"}
+
+    def taken(role: str, *parts: str) -> float:
+        return sum(value for name, value in roles[role].items() if name in ("reserve", "sync", *parts))
+
+    def learner(role: str, *kept: str) -> float:
+        return taken(role, *(kept if role in leaving else ("weights", "gradients", "optimizer")))
+
+    away = sum(learner(role) for role in learners)
+    present = sum(taken(role, "weights", "gradients", "optimizer") for role in learners)
+    proving = sum(learner(role, *(["weights"] if role == "policy" else [])) for role in learners)
+    learning = sum(sum(roles[role].values()) for role in learners)
+    scorers = roles.keys() - learners - {"generator"}
+    scoring = sum(sum(roles[role].values()) for role in scorers)
+    idle = sum(taken(role, "weights") for role in scorers)
+    generator = roles.get("generator", {})
+    awake = sum(generator.values())
+    asleep, woken = (
+        (taken("generator"), taken("generator", "weights")) if sleeps else (awake - generator.get("logits", 0.0),) * 2
+    )
+    return {
+        "sampling": awake + away + scoring,
+        "transfer": woken + present + idle,
+        "proof": awake + proving + idle,
+        "learning": asleep + learning + scoring,
+    }
 
 
 def scorer_parts(net: Network, dtype: schema.DType, *, tokens: int, device: str) -> dict[str, float]:

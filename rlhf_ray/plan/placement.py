@@ -9,7 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_ray.config import schema
-from rlhf_ray.distributed.placement import RoleRequest, Share, fit, reservations
+from rlhf_ray.distributed.bundles import (
+    RoleRequest,
+    Share,
+    Shares,
+    assign,
+    fit,
+    reservations,
+    share_out,
+    sharing,
+)
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.plan.cluster import PLENTY, ClusterShape
 from rlhf_ray.stages import collect, dpo, ppo, supervised
@@ -28,12 +37,16 @@ class RolePlacement:
         workers: how many.
         share: CPU cores and GPUs of each.
         nodes: how many workers are on each node, by the node's number from 0; empty where they do not fit.
+        shares_with: the role whose bundles its workers are in; None where it has bundles of its own.
+        room: what its first worker's bundle has, the part of the others that share it included.
     """
 
     role: str
     workers: int
     share: Share
     nodes: dict[int, int]
+    shares_with: str | None
+    room: Share
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class StagePlacement:
         stage: the stage's name.
         while_: what happens then, where a stage reserves twice.
         roles: in the order of their bundles.
-        groups: the placement groups, each with the role and the share of each of its bundles.
+        groups: the placement groups, each with the roles and the share of each of its bundles.
         shortage: why the cluster cannot give it; None where it can.
         changes: settings of the stage, or a number of nodes, with each of which alone it can.
     """
@@ -58,11 +71,9 @@ class StagePlacement:
 
     @property
     def wanted(self) -> Share:
-        """Of all roles together."""
-        return Share(
-            sum(role.workers * role.share.cpus for role in self.roles),
-            sum(role.workers * role.share.gpus for role in self.roles),
-        )
+        """Of all bundles together."""
+        shares = [share for group in self.groups for _, share in group]
+        return Share(round(sum(share.cpus for share in shares), 4), round(sum(share.gpus for share in shares), 4))
 
 
 def plan_placement(stage: schema.Stage, cluster: ClusterShape, *, strategy: str) -> list[StagePlacement]:
@@ -93,47 +104,20 @@ def stage_requests(stage: schema.Stage, *, gpus: float) -> list[RoleRequest]:
 
 def place(
     requests: Sequence[RoleRequest], cluster: ClusterShape, *, strategy: str
-) -> tuple[dict[str, Share], dict[str, dict[int, int]]]:
-    """Each role's share, and how many of its workers are on each node: first fit, largest bundles first.
-
-    Ray may choose other nodes; that there is room is what counts.
+) -> tuple[Shares, dict[str, dict[int, int]]]:
+    """Everybody's share, and how many of each role's workers are on each node.
 
     Raises:
-        PlacementError: there is none; names roles, wanted and free.
+        PlacementError: there is no room; names roles, wanted and free.
     """
     shares = fit(requests, cluster.capacity(), strategy=strategy, may_wait=False)
-    free = list(cluster.all_nodes)
     nodes: dict[str, dict[int, int]] = {request.role: {} for request in requests}
-    for group in reservations(requests):
-        used: set[int] = set()
-        for request in sorted(group, key=lambda each: (-shares[each.role].gpus, -shares[each.role].cpus)):
-            share = shares[request.role]
-            node = _node_for(share, free, used, strategy)
-            if node is None:
-                left = "; ".join(f"{each.cpus:g} CPUs, {each.gpus:g} GPUs" for each in free)
-                raise PlacementError(
-                    f"{request.role}: one worker needs {share.cpus:g} CPUs and {share.gpus:g} GPUs on one node, and "
-                    f"with the others in place no node has them (placement.strategy {strategy}); left are {left}"
-                )
-            used.add(node)
-            free[node] = Share(free[node].cpus - share.cpus, free[node].gpus - share.gpus)
-            nodes[request.role][node] = nodes[request.role].get(node, 0) + 1
+    places = assign(requests, shares, cluster.all_nodes, strategy=strategy)
+    for group, on in zip(reservations(requests), places, strict=True):
+        for bundle, node in zip(group, on, strict=True):
+            for request in bundle:
+                nodes[request.role][node] = nodes[request.role].get(node, 0) + 1
     return shares, nodes
-
-
-def _node_for(share: Share, free: Sequence[Share], used: set[int], strategy: str) -> int | None:
-    """The node for the next bundle of a placement group that has bundles on the `used` ones."""
-    room = [n for n, node in enumerate(free) if share.cpus <= node.cpus + 1e-6 and share.gpus <= node.gpus + 1e-6]
-    match strategy:
-        case "STRICT_SPREAD":
-            room = [node for node in room if node not in used]
-        case "STRICT_PACK":
-            room = [node for node in room if not used or node in used]
-        case "SPREAD":
-            room.sort(key=lambda node: node in used)
-        case _:
-            room.sort(key=lambda node: node not in used)
-    return room[0] if room else None
 
 
 def _phases(stage: schema.Stage, *, gpus: float) -> Iterator[tuple[str, list[RoleRequest], str | None]]:
@@ -161,26 +145,37 @@ def _placed(
         shares, nodes = place(requests, cluster, strategy=strategy)
     except PlacementError as error:
         shortage = shortage or str(error)
-        shares = {request.role: _asked(request, cluster) for request in requests}
+        shares = _asked(requests, cluster)
+    groups = [[(bundle, shares.of(bundle)) for bundle in group] for group in reservations(requests)]
+    first: dict[str, tuple[str, Share]] = {}
+    for bundle, room in (each for group in groups for each in group):
+        for request in bundle:
+            first.setdefault(request.role, (bundle[0].role, room))
     return StagePlacement(
         stage=stage,
         while_=while_,
         roles=tuple(
-            RolePlacement(request.role, request.workers, shares[request.role], nodes.get(request.role, {}))
+            RolePlacement(
+                role=request.role,
+                workers=request.workers,
+                share=shares.workers[request.role],
+                nodes=nodes.get(request.role, {}),
+                shares_with=None if first[request.role][0] == request.role else first[request.role][0],
+                room=first[request.role][1],
+            )
             for request in requests
         ),
         groups=tuple(
-            tuple((request.role, shares[request.role]) for request in group) for group in reservations(requests)
+            tuple((" + ".join(each.role for each in bundle), room) for bundle, room in group) for group in groups
         ),
         shortage=shortage,
         changes=() if shortage is None else tuple(_changes(requests, cluster, strategy)),
     )
 
 
-def _asked(request: RoleRequest, cluster: ClusterShape) -> Share:
+def _asked(requests: Sequence[RoleRequest], cluster: ClusterShape) -> Shares:
     """What each worker would get if there were enough."""
-    gpus = (1.0 if cluster.gpus else 0.0) if request.gpus is None else request.gpus
-    return Share(1.0 if request.cpus is None else request.cpus, gpus)
+    return share_out(requests, each_cpu=1.0, each_gpu=1.0 if cluster.gpus else 0.0)
 
 
 def _changes(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: str) -> Iterator[str]:
@@ -202,28 +197,34 @@ def _changes(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: s
         nodes += 1
 
 
-def _smaller(requests: Sequence[RoleRequest]) -> Iterator[tuple[float, str, RoleRequest]]:
-    """Changes of one setting: what they cost, how they are written, and the request that they make."""
+def _smaller(requests: Sequence[RoleRequest]) -> Iterator[tuple[float, str, list[RoleRequest]]]:
+    """Changes of one setting: what they cost, how they are written, and the requests that they make.
+
+    Roles that share bundles get fewer workers together: the bundles are as many as those of the largest.
+    """
     sections = _sections(requests)
-    for request in requests:
+    for members in sharing(requests):
+        request = members[0]
         name = sections[request.role]
         gpus = 1.0 if request.gpus is None else request.gpus
-        for workers in range(1, request.workers):
-            gone = (request.workers - workers) * max(gpus, 0.1)
-            yield gone, f"{name}.workers={workers}", replace(request, workers=workers)
+        most = max(each.workers for each in members)
+        for workers in range(1, most):
+            fewer = [replace(each, workers=workers) for each in members if each.workers > workers]
+            text = " ".join(f"{sections[each.role]}.workers={workers}" for each in fewer)
+            yield (most - workers) * max(gpus, 0.1), text, fewer
         if request.role == "generator" and gpus > 1:
             part = gpus // 2
             while part >= 1:
                 gone = request.workers * (gpus - part)
-                yield gone, f"{name}.tensor_parallel={part:g}", replace(request, gpus=part)
+                yield gone, f"{name}.tensor_parallel={part:g}", [replace(request, gpus=part)]
                 part //= 2
-        if request.gpus and not (request.rendezvous and request.workers > 1):
+        if request.gpus and not any(each.rendezvous and each.workers > 1 for each in members):
             for part in (0.5, 0.25):
                 if part < gpus <= 1:
-                    gone = request.workers * (gpus - part)
-                    yield gone, f"{name}.gpus={part:g}", replace(request, gpus=part)
-        if request.cpus is not None and request.cpus > 1:
-            yield request.workers * 0.1, f"{name}.cpus=1", replace(request, cpus=1.0)
+                    yield most * (gpus - part), f"{name}.gpus={part:g}", [replace(request, gpus=part)]
+        for each in members:
+            if each.cpus is not None and each.cpus > 1:
+                yield each.workers * 0.1, f"{sections[each.role]}.cpus=1", [replace(each, cpus=1.0)]
 
 
 def _halved(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: str) -> Iterator[str]:
@@ -241,8 +242,9 @@ def _halved(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: st
             return
 
 
-def _changed(requests: Sequence[RoleRequest], changed: RoleRequest) -> list[RoleRequest]:
-    return [changed if request.role == changed.role else request for request in requests]
+def _changed(requests: Sequence[RoleRequest], changed: Sequence[RoleRequest]) -> list[RoleRequest]:
+    by_role = {request.role: request for request in changed}
+    return [by_role.get(request.role, request) for request in requests]
 
 
 def _fits(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: str) -> bool:

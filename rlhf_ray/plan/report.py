@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.config import schema
+from rlhf_ray.config.layouts import layout_settings
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
 from rlhf_ray.plan.cluster import PLENTY, ClusterShape
 from rlhf_ray.plan.data import check_data
@@ -28,6 +30,7 @@ class Plan:
     Args:
         cluster: what it was made for.
         named: whether the user named a cluster.
+        layout: the settings that `placement.layout` stands for, by stage.
         placement: what is reserved, in the order of time.
         arithmetic: each stage in numbers.
         memory: of what is reserved, in the same order as the placement.
@@ -35,6 +38,7 @@ class Plan:
 
     cluster: ClusterShape
     named: bool
+    layout: dict[str, dict[str, Any]]
     placement: tuple[StagePlacement, ...]
     arithmetic: tuple[StageArithmetic, ...]
     memory: tuple[StageMemory, ...]
@@ -61,7 +65,15 @@ def make_plan(config: schema.Pipeline, cluster: ClusterShape, *, named: bool) ->
         numbers.append(found)
         placement += reserved
         memory += [plan_memory(config, stage, each, found, cluster) for each in reserved]
-    return Plan(cluster, named, tuple(placement), tuple(numbers), tuple(memory))
+    return Plan(cluster, named, _layout(config), tuple(placement), tuple(numbers), tuple(memory))
+
+
+def _layout(config: schema.Pipeline) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for (_, index, *key), value in layout_settings(config).items():
+        assert isinstance(index, int), "settings of a layout are those of a stage"
+        found.setdefault(config.stages[index].name, {})[".".join(map(str, key))] = value
+    return found
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -71,6 +83,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         written["fits"] = stage.fits
         for role, of_role in zip(stage.roles, written["roles"], strict=True):
             of_role |= {"total": role.total, "fits": role.fits}
+        for shared, of_shared in zip(stage.shared, written["shared"], strict=True):
+            of_shared["fits"] = shared.fits
     return {"fits": plan.fits if found.pop("named") else None} | found
 
 
@@ -160,19 +174,28 @@ def _placement_table(plan: Plan) -> Table:
         name = f"{stage.stage}, {stage.while_}" if stage.while_ else stage.stage
         for role in stage.roles:
             nodes = ", ".join(f"{count} on {node + 1}" for node, count in sorted(role.nodes.items()))
-            bundle = ", ".join(f"{what} {amount:g}" for what, amount in role.share.bundle().items())
+            bundles = f"those of {role.shares_with}" if role.shares_with else _bundles(stage, role.role)
             table.add_row(
                 name,
                 role.role,
                 str(role.workers),
                 f"{role.share.cpus:g}",
                 f"{role.share.gpus:g}",
-                f"{role.workers} x {{{bundle}}}" + (f" ({nodes})" if several and nodes else ""),
+                bundles + (f" ({nodes})" if several and nodes else ""),
             )
             name = ""
         table.add_row("", "together", "", f"{stage.wanted.cpus:g}", f"{stage.wanted.gpus:g}", _groups(stage))
         table.add_section()
     return table
+
+
+def _bundles(stage: StagePlacement, role: str) -> str:
+    """`4 x {CPU 2, GPU 1}` for the bundles whose first role it is."""
+    own = Counter(share for group in stage.groups for roles, share in group if roles.split(" + ")[0] == role)
+    return ", ".join(
+        f"{number} x {{{', '.join(f'{what} {amount:g}' for what, amount in share.bundle().items())}}}"
+        for share, number in own.items()
+    )
 
 
 def _groups(stage: StagePlacement) -> str:
@@ -182,7 +205,10 @@ def _groups(stage: StagePlacement) -> str:
 
 def _placement_lines(plan: Plan) -> list[str]:
     cluster = plan.cluster
-    lines = []
+    lines = [
+        f"placement.layout makes of {stage}: {' '.join(f'{key}={_yaml(value)}' for key, value in settings.items())}"
+        for stage, settings in plan.layout.items()
+    ]
     if not plan.named:
         lines.append(
             "No cluster is named: every worker gets what it asks for. --here or --cluster 2x8xH100-80 compares."
@@ -214,6 +240,13 @@ _PARTS = {
     "reserve": "reserve",
 }
 
+_MOMENTS = {
+    "sampling": "the engines sample",
+    "transfer": "weights are sent",
+    "proof": "the engines prove their weights",
+    "learning": "the learners learn",
+}
+
 
 def _memory_table(stages: Sequence[StageMemory]) -> Table:
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
@@ -228,10 +261,17 @@ def _memory_table(stages: Sequence[StageMemory]) -> Table:
             cells = [_gib(role.parts.get(part)) for part in shown]
             table.add_row(name, role.role, role.device, *cells, _gib(role.total), _gib(role.room))
             name = ""
+        for shared in stage.shared:
+            where = [f"all on {shared.roles[0]}'s", "GPU", *[""] * len(shown)]
+            table.add_row("", *where, _gib(shared.total), _gib(shared.room))
         total, room = _gib(stage.host), _gib(stage.host_room)
         table.add_row("", "the fullest node", "host", *[""] * len(shown), total, room)
         table.add_section()
     return table
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _gib(value: float | None) -> str:
@@ -250,6 +290,17 @@ def _memory_lines(plan: Plan) -> list[str]:
             if role.fits is False:
                 lines.append(f"{where} does NOT fit: {_gib(role.total)} GiB for {_gib(role.room)} GiB of its GPU.")
                 lines += [f"  what helps most: {role.advice}"] if role.advice else []
+        for shared in stage.shared:
+            if shared.moment:
+                lines.append(
+                    f"{stage.stage}: what is on {shared.roles[0]}'s GPU takes most while {_MOMENTS[shared.moment]}."
+                )
+            if shared.fits is False:
+                lines.append(
+                    f"{stage.stage} {', '.join(shared.roles)} do NOT fit: {_gib(shared.total)} GiB for "
+                    f"{_gib(shared.room)} GiB of the GPU that they share."
+                )
+                lines += [f"  what helps most: {shared.advice}"] if shared.advice else []
         if stage.host_room is not None and stage.host > stage.host_room:
             lines.append(
                 f"{stage.stage} does NOT fit: {_gib(stage.host)} GiB for a node's {_gib(stage.host_room)} GiB."

@@ -20,7 +20,7 @@ from rlhf_ray.workers.scorers import ClassifierScorer, FunctionScorer, ModelScor
 
 def learner_request(role: str, settings: schema.Learner) -> RoleRequest:
     """Workers that form one process group."""
-    return RoleRequest(role, workers=settings.workers, cpus=settings.cpus, gpus=settings.gpus, rendezvous=True)
+    return _request(role, settings, rendezvous=True)
 
 
 def scorer_requests(rewards: Sequence[schema.Reward]) -> list[RoleRequest]:
@@ -46,21 +46,41 @@ def generator_request(stage: str, settings: schema.Generator, *, gpus: float) ->
             )
         settings = settings.model_copy(update={"gpus": float(settings.tensor_parallel)})
     on_gpu = bool(gpus if settings.gpus is None else settings.gpus)
-    return _request("generator", settings, env=engine_environment(settings, gpu=on_gpu), reuse="generator")
+    # vLLM frees the memory of an engine that sleeps a second time when it is closed: its process must end with it.
+    reuse = None if settings.sleep and on_gpu else "generator"
+    return _request("generator", settings, env=engine_environment(settings, gpu=on_gpu), reuse=reuse)
 
 
 def own_part(settings: schema.Generator, placement: Placement) -> schema.Generator:
-    """The settings of engines that share a GPU: they share its memory, and take memory_share of their own part."""
-    share = placement.share("generator").gpus
-    part = share if 0 < share < 1 else 1.0
+    """The settings of engines that have a part of a GPU: they take memory_share of that part.
+
+    Of a GPU that they share by colocate_with, and where they sleep, they take memory_share of the whole.
+    """
+    room = placement.room("generator").gpus
+    part = room if 0 < room < 1 and not settings.sleep else 1.0
     return settings.model_copy(update={"memory_share": settings.memory_share * part})
 
 
 def _request(
-    role: str, settings: schema.Workers, *, env: Mapping[str, str] | None = None, reuse: str | None = None
+    role: str,
+    settings: schema.Workers,
+    *,
+    rendezvous: bool = False,
+    env: Mapping[str, str] | None = None,
+    reuse: str | None = None,
 ) -> RoleRequest:
     gpus = 0.0 if isinstance(settings, schema.FunctionReward) and settings.gpus is None else settings.gpus
-    return RoleRequest(role, workers=settings.workers, cpus=settings.cpus, gpus=gpus, env=env or {}, reuse=reuse)
+    return RoleRequest(
+        role,
+        workers=settings.workers,
+        cpus=settings.cpus,
+        gpus=gpus,
+        env=env or {},
+        rendezvous=rendezvous,
+        reuse=reuse,
+        colocate_with=settings.colocate_with,
+        whole_gpus=settings.whole_gpus,
+    )
 
 
 class Actors:
@@ -84,9 +104,10 @@ class Actors:
     def generator(self, settings: schema.Generator, *, max_length: int) -> RayGroup[Generator]:
         """Engines with the policy's initial weights, for prompt and response of max_length tokens together.
 
-        Where the policy trains an adapter, they take that alone.
+        Where the policy trains an adapter, they take that alone. Engines that sleep do so before another actor starts:
+        vLLM measures what is free, and leaves it to the others.
         """
-        return self._start(
+        group: RayGroup[Generator] = self._start(
             "generator",
             Generator,
             config=own_part(settings, self._placement),
@@ -97,6 +118,10 @@ class Actors:
             seed=stage_seed(self._stage, self._site.config.seed),
             lora=policy.lora if isinstance(policy := self._stage.policy, schema.Learner) else None,
         )
+        if settings.sleep and self._placement.share("generator").gpus:
+            group.ready.result()
+            group.all(Generator.sleep, keep_weights=False).result()
+        return group
 
     def learner(
         self,
@@ -161,5 +186,6 @@ class Actors:
         return group
 
     def wait(self) -> None:
-        """Returns once all of them are ready; the first that fails is raised at once."""
+        """Returns once all of them are ready; the first that fails, or is on a wrong GPU, is raised at once."""
+        self._placement.verify()
         gather(*(group.ready for group in self._started))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_ray.config import schema
+from rlhf_ray.config.layouts import possible_gpus
 from rlhf_ray.data.encoding import Encoder
 from rlhf_ray.distributed.placement import RoleRequest
 from rlhf_ray.stages.actors import Actors, generator_request, scorer_requests
@@ -36,4 +37,5 @@ def run_collect(site: Site, stage: schema.Collect) -> None:
 
 def requests(stage: schema.Collect, *, gpus: float) -> list[RoleRequest]:
     """What the stage's roles ask for; `gpus` are those of the cluster."""
+    gpus = possible_gpus(stage, stage.generator, gpus=gpus)
     return [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from rlhf_ray.config import schema
+from rlhf_ray.config.layouts import possible_gpus
+from rlhf_ray.data.batches import Prompts
 from rlhf_ray.data.pair_scores import choose_pairs, pair_table, read_scores
 from rlhf_ray.data.reference_cache import ReferenceCache, cache_folder, make_folder, reference_key
 from rlhf_ray.distributed.groups import RayGroup
@@ -18,7 +20,9 @@ from rlhf_ray.trainers.dpo import DpoGroups, References, Samples, score_pairs, t
 from rlhf_ray.trainers.durable import write_table
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.sft import total_steps
+from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.trainers.weight_sync import WeightSync
+from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.learner import Learner
 
 SCORES = "pairs.parquet"
@@ -38,6 +42,7 @@ def run_dpo(site: Site, stage: schema.Dpo) -> None:
         asked = requests(stage, has_reference=has_reference, gpus=site.cluster.gpus)
         with site.cluster.reserve(asked) as placement:
             actors = Actors(site, stage, placement, model)
+            engines = None if stage.generator is None else _engines(stage, stage.generator, actors, data)
             policy = actors.learner(
                 "policy",
                 stage.policy,
@@ -47,11 +52,13 @@ def run_dpo(site: Site, stage: schema.Dpo) -> None:
                 packing=stage.packing,
             )
             reference = actors.reference(stage.reference) if has_reference else None
-            samples = None if stage.generator is None else _samples(site, stage, actors, policy, data)
+            samples = None if engines is None else _samples(site, stage, policy, *engines)
             rewards = actors.scorers(stage.reward) if stage.generator is not None else {}
             actors.wait()
             groups = DpoGroups(policy, reference, rewards)
-            run.start_or_resume(LearnerParts({"policy": policy}))
+            turns = GpuTurns() if samples is None else samples.turns
+            turns.learning()
+            run.start_or_resume(LearnerParts({"policy": policy}, turns=turns))
             references = References(groups, cache, needed=stage.needs_reference)
             train_dpo(stage, groups, data.train, data.held_out, references, samples, run)
             run.finish()
@@ -69,24 +76,34 @@ def requests(stage: schema.Dpo, *, has_reference: bool, gpus: float) -> list[Rol
     if has_reference:
         asked.append(reference_request(stage.reference))
     if stage.generator is not None:
+        gpus = possible_gpus(stage, stage.generator, gpus=gpus)
         asked += [*scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
     return asked
 
 
-def _samples(site: Site, stage: schema.Dpo, actors: Actors, policy: RayGroup[Learner], data: StageData) -> Samples:
-    assert stage.generator is not None, "samples come from a generator"
-    settings = stage.evaluation
-    prompts = data.held_out.prompts(settings.prompts, data.tokenizer)
+def _engines(
+    stage: schema.Dpo, settings: schema.Generator, actors: Actors, data: StageData
+) -> tuple[RayGroup[Generator], Prompts]:
+    """The generators, and the held-out prompts that they are made for."""
+    prompts: Prompts = data.held_out.prompts(stage.evaluation.prompts, data.tokenizer)
     longest = max(len(tokens) for tokens in prompts.token_ids)
-    generator = actors.generator(stage.generator, max_length=longest + settings.max_new_tokens)
+    return actors.generator(settings, max_length=longest + stage.evaluation.max_new_tokens), prompts
+
+
+def _samples(
+    site: Site, stage: schema.Dpo, policy: RayGroup[Learner], generator: RayGroup[Generator], prompts: Prompts
+) -> Samples:
+    assert stage.generator is not None, "samples come from a generator"
+    turns = GpuTurns(generator if stage.generator.sleep else None, [policy] if stage.policy.offload else [])
     weights = WeightSync(
         policy,
         generator,
         settings=site.config.placement,
         generator_settings=stage.generator,
         learner_dtype=stage.policy.dtype,
+        turns=turns,
     )
-    return Samples(generator, weights, prompts)
+    return Samples(generator, weights, turns, prompts)
 
 
 def _scored(site: Site, stage: schema.Dpo, data: StageData, model: str) -> StageData:
@@ -124,7 +141,8 @@ def _decides_reference(site: Site, stage: schema.Dpo, model: str) -> dict[str, s
         if own is None
         else model_digest(site.model(own), stage.reference.revision)
     )
-    on_gpu = bool(site.cluster.gpus if asked.gpus is None else asked.gpus)
+    gpus = possible_gpus(stage, asked, gpus=site.cluster.gpus)
+    on_gpu = bool(gpus if asked.gpus is None else asked.gpus)
     parts = {"weights": weights, "dtype": asked.dtype, "device": "gpu" if on_gpu else "cpu"}
     lora = stage.policy.lora
     if stage.adapter_is_off_in_reference and lora is not None and lora.quantise != "none":

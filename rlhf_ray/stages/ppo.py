@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
+from rlhf_ray.config.layouts import possible_gpus
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.distributed.groups import WorkerGroup
 from rlhf_ray.distributed.placement import RoleRequest
@@ -11,6 +12,7 @@ from rlhf_ray.stages.actors import Actors, generator_request, learner_request, r
 from rlhf_ray.stages.site import LearnerParts, Site
 from rlhf_ray.trainers.ppo import KlController, PpoGroups, optimizer_steps, train_ppo
 from rlhf_ray.trainers.sampling import SampleStream
+from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.learner import Learner
 
@@ -26,19 +28,22 @@ def run_ppo(site: Site, stage: schema.Ppo) -> None:
         actors = Actors(site, stage, placement, model)
         groups = _start(actors, stage, max_length=_longest(stage, data.train, data.held_out))
         kl = _kl_controller(stage.kl)
+        turns = _turns(stage, groups)
         weights = WeightSync(
             groups.policy,
             groups.generator,
             settings=site.config.placement,
             generator_settings=stage.generator,
             learner_dtype=stage.policy.dtype,
+            turns=turns,
         )
         learners = {"policy": groups.policy}
         if groups.critic is not None and groups.critic is not groups.policy:
             learners["critic"] = groups.critic
         samples = SampleStream(stage, groups.generator, data.train)
-        run.start_or_resume(LearnerParts(learners, kl, samples=samples))
-        train_ppo(stage, groups, samples, data.held_out, weights, kl, run)
+        turns.learning()
+        run.start_or_resume(LearnerParts(learners, kl, samples=samples, turns=turns))
+        train_ppo(stage, groups, samples, data.held_out, weights, turns, kl, run)
         run.finish()
 
 
@@ -50,6 +55,7 @@ def requests(stage: schema.Ppo, *, gpus: float) -> list[RoleRequest]:
         asked.append(learner_request("critic", critic))
     if _has_reference(stage):
         asked.append(reference_request(stage.reference))
+    gpus = possible_gpus(stage, stage.generator, gpus=gpus)
     return [*asked, *scorer_requests(stage.reward), generator_request(stage.name, stage.generator, gpus=gpus)]
 
 
@@ -86,6 +92,15 @@ def _start(actors: Actors, stage: schema.Ppo, *, max_length: int) -> PpoGroups:
     rewards = actors.scorers(stage.reward)
     actors.wait()
     return PpoGroups(policy=policy, critic=critic, reference=reference, generator=generator, rewards=rewards)
+
+
+def _turns(stage: schema.Ppo, groups: PpoGroups) -> GpuTurns:
+    """The groups whose settings let them leave the GPU."""
+    leaving = [groups.policy] if stage.policy.offload else []
+    critic = stage.critic_role
+    if critic is not None and groups.critic is not None and groups.critic is not groups.policy and critic.offload:
+        leaving.append(groups.critic)
+    return GpuTurns(groups.generator if stage.generator.sleep else None, leaving)
 
 
 def _kl_controller(settings: schema.Kl) -> KlController:

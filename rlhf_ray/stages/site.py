@@ -23,6 +23,7 @@ from rlhf_ray.models.loading import load_tokenizer, save_new_model
 from rlhf_ray.trainers.durable import write_folder
 from rlhf_ray.trainers.run import DATA, MODEL, RunFolder, StageResult, StageRun
 from rlhf_ray.trainers.sampling import SampleStream
+from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.workers.learner import Learner
 
 if TYPE_CHECKING:
@@ -185,12 +186,14 @@ class LearnerParts:
         kl: the KL coefficient.
         notes: what the model's config.json says besides, asked for at each saving.
         samples: of a stage that samples ahead of its learners.
+        turns: on GPUs that they share with generators.
     """
 
     learners: Mapping[str, WorkerGroup[Learner]]
     kl: FixedKlController | AdaptiveKlController | None = None
     notes: Callable[[], dict[str, float]] = dict
     samples: SampleStream | None = None
+    turns: GpuTurns = field(default_factory=GpuTurns)
 
     def state(self) -> dict[str, Any]:
         """What the trainer itself has to remember."""
@@ -205,6 +208,7 @@ class LearnerParts:
         """Lets every learner write what it needs to go on."""
         if self.samples is not None:
             self.samples.save(folder)
+        self.turns.learning(keep_weights=True)
         gather(*(group.all(Learner.save, folder.absolute() / role) for role, group in self.learners.items()))
 
     def load(self, folder: Path) -> None:
@@ -215,6 +219,7 @@ class LearnerParts:
 
     def save_model(self, folder: Path) -> None:
         """Writes the policy as a Hugging Face directory."""
+        self.turns.learning(keep_weights=True)
         self.learners["policy"].all(Learner.save_model, folder.absolute(), self.notes()).result()
 
 

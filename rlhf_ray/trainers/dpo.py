@@ -24,6 +24,7 @@ from rlhf_ray.trainers.metrics import prefixed
 from rlhf_ray.trainers.preference_report import report_pairs
 from rlhf_ray.trainers.reference import reference_answer_logprobs, reference_logprobs
 from rlhf_ray.trainers.run import StageRun
+from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.learner import Learner
@@ -54,10 +55,11 @@ class DpoGroups:
 
 @dataclass(frozen=True)
 class Samples:
-    """What an evaluation samples with: engines, how they get the policy's weights, and held-out prompts."""
+    """What an evaluation samples with: engines, how they get the policy's weights, when, and held-out prompts."""
 
     generator: WorkerGroup[Generator]
     weights: WeightSync
+    turns: GpuTurns
     prompts: Prompts
 
 
@@ -242,6 +244,7 @@ def evaluate_samples(
     found = evaluate_prompts(
         samples.generator, samples.prompts, sampling, scorers=groups.rewards, rewards=config.reward
     )
+    samples.turns.learning()
     distance = None
     if config.needs_reference:
         k1, k3 = sample_kl(groups, found.rollouts, settings.temperature or 1.0)

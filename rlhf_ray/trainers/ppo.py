@@ -33,6 +33,7 @@ from rlhf_ray.trainers.metrics import experience_metrics, prefixed, rollout_metr
 from rlhf_ray.trainers.reference import reference_logprobs
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.sampling import Piece, SampleStream
+from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
 from rlhf_ray.workers.learner import Learner, Values
@@ -65,6 +66,7 @@ def train_ppo(
     samples: SampleStream,
     held_out: PromptSet | None,
     weights: WeightSync,
+    turns: GpuTurns,
     kl: KlController,
     run: StageRun,
 ) -> None:
@@ -73,7 +75,7 @@ def train_ppo(
     if run.iteration == 0:
         run.record(evaluate(config, groups, held_out, run, iteration=0))
     for iteration in run.remaining():
-        asked = [judge(config, groups, piece) for piece in samples.pieces(iteration)]  # y ~ pi(.|x)
+        asked = [judge(config, groups, piece) for piece in turns.sampled(samples.pieces(iteration))]  # y ~ pi(.|x)
         rollouts, parts, reference, old, values = gather_judgements(groups, asked)
         scores = weighted_sum(config.reward, parts)
         experience, summary = make_experience(config, rollouts, scores, reference, old, values, kl.coefficient)

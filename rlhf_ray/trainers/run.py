@@ -50,7 +50,7 @@ from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.data.arrow import PARTS
 from rlhf_ray.data.batches import Rollouts
 from rlhf_ray.distributed.faults import fault
-from rlhf_ray.distributed.tracing import DRIVER, Recorder, Span
+from rlhf_ray.distributed.tracing import DRIVER, Recorder, Span, places_by_role
 from rlhf_ray.errors import CheckpointError, ConfigError, Interrupted, UserError
 from rlhf_ray.shapes import SequenceFloat
 from rlhf_ray.trainers.checkpoints import (
@@ -382,6 +382,8 @@ class StageRun:
         self._stop.install()
         self._stop.finish_first = True
         self._session_start = time.monotonic()
+        for line in places_by_role(self._take_spans()):
+            self.message(line)
         self._begin_iteration()
         return handle is not None
 

@@ -75,7 +75,7 @@ class TraceFile:
             is_driver = span.role == DRIVER
             yield _name("thread_name", pid, span.rank, _DRIVER_THREADS[span.rank] if is_driver else f"rank {span.rank}")
         start, end = round(span.start * 1e6), round(span.end * 1e6)
-        counts = {"tokens": span.tokens, "bytes": span.nbytes, "cpu_s": round(span.cpu_s, 6)}
+        counts = {"tokens": span.tokens, "bytes": span.nbytes, "cpu_s": round(span.cpu_s, 6), "place": span.place}
         yield json.dumps(
             {
                 "ph": "X",

@@ -27,6 +27,7 @@ from rlhf_ray.distributed.transports import (
 )
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.shapes import TokenFloat
+from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.workers.generator import Generator, Interrupted, ProbeResult
 from rlhf_ray.workers.learner import Learner
 
@@ -53,6 +54,7 @@ class WeightSync:
         settings: transport, size of the buckets and deadline.
         generator_settings: type of the generators' weights.
         learner_dtype: type of the learners' weights.
+        turns: on GPUs that they share; after a sync it is the generators' turn.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class WeightSync:
         settings: schema.Placement,
         generator_settings: schema.Generator,
         learner_dtype: schema.DType,
+        turns: GpuTurns | None = None,
     ) -> None:
         self._policy = policy
+        self._turns = turns or GpuTurns()
         self._generator = generator
         self._settings = settings
         self._limits = probe_limits(generator_settings.dtype, learner_dtype)
@@ -84,10 +88,13 @@ class WeightSync:
         """
         start = time.perf_counter()
         self._generator.all(Generator.fill_cache).result()
+        self._turns.receiving()
         filled = time.perf_counter()
         sent = self.transfer(version, interrupted=interrupted)
         arrived = time.perf_counter()
+        self._turns.proving(self._policy)
         mean, largest = self._attest(version)
+        self._turns.sampling()
         seconds = arrived - filled
         return {
             "sync/time_s": seconds,

@@ -15,7 +15,7 @@ from rlhf_ray.distributed.faults import fault
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.transports import Endpoint, ReceivedWeights, TransportSpec, this_endpoint
 from rlhf_ray.engines.beam_search import Beam, beam_search
-from rlhf_ray.engines.generation import GenerationEngine, Sample
+from rlhf_ray.engines.generation import EnginePart, GenerationEngine, Sample
 from rlhf_ray.engines.hf_generation import HfEngine
 from rlhf_ray.engines.vllm_generation import VllmEngine
 from rlhf_ray.errors import ConfigError, WeightSyncError
@@ -113,6 +113,9 @@ class Generator:
             config=config, model=model, revision=revision, tokenizer=tokenizer, max_model_len=max_model_len, lora=lora
         )
         self._adapter = lora is not None
+        self._asleep: list[EnginePart] = []
+        # Its weights were given up: what the engine computes before the next transfer means nothing.
+        self._without_weights = False
         self._probe_prompts = probe_prompts(
             self.engine.vocab_size, block=self.engine.cache_block, max_model_len=self.engine.max_model_len
         )
@@ -147,6 +150,7 @@ class Generator:
 
         All that are left where these are fewer; the iteration is over when the last is given.
         """
+        self._check_awake()
         assert iteration in self._started, f"iteration {iteration} was not started, or is over"
         started = self._started[iteration]
         wanted = min(count, len(started.rows))
@@ -161,6 +165,7 @@ class Generator:
 
     def _requests(self, prompts: Prompts, sampling: schema.Sampling, iteration: int) -> tuple[Prompts, list[int]]:
         """Each response's prompt and seed."""
+        self._check_awake()
         self._check_lengths(prompts, sampling.max_new_tokens)
         samples = sampling.samples_per_prompt
         each = prompts.select([row for row in range(len(prompts.ids)) for _ in range(samples)])
@@ -179,6 +184,7 @@ class Generator:
         Raises:
             ConfigError: a prompt is longer than the engine was made for.
         """
+        self._check_awake()
         self._check_lengths(prompts, max_new_tokens)
         found = beam_search(
             self.engine.next_tokens,
@@ -253,7 +259,8 @@ class Generator:
             WeightSyncError: another version arrives, the sender fails, or a deadline passes; or responses have not
                 ended and `interrupted` is "refuse".
         """
-        unfinished = sum(len(started.rows) for started in self._started.values()) - len(self._ended)
+        assert "weights" not in self._asleep, "the generator sleeps; `wake` comes first"
+        unfinished = self._unfinished()
         if unfinished and interrupted == "refuse":
             raise WeightSyncError(
                 f"version {version} arrives while {unfinished} responses are being generated; wanted are weights after "
@@ -267,10 +274,42 @@ class Generator:
         if action != "skip_cache_reset":
             self.engine.reset_prefix_cache()
         self.version = version
+        self._without_weights = False
         return received
 
+    def _unfinished(self) -> int:
+        return sum(len(started.rows) for started in self._started.values()) - len(self._ended)
+
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Gives the GPU's memory back until `wake`; once more changes nothing. On a CPU nothing is moved.
+
+        Args:
+            keep_weights: they are there again after `wake`; else `receive_weights` comes before anything is sampled.
+        """
+        if self._asleep:
+            return
+        unfinished = self._unfinished()
+        assert not unfinished, f"{unfinished} responses are being generated, so the generator cannot sleep"
+        self.engine.sleep(keep_weights=keep_weights)
+        self._asleep = ["weights", "cache"]
+        self._without_weights = not keep_weights and not self._adapter
+
+    def wake(self, *, weights_only: bool = False) -> None:
+        """Takes memory for what is asleep again; the cache's later where room is needed to receive weights."""
+        while self._asleep and not (weights_only and self._asleep[0] == "cache"):
+            self.engine.wake(self._asleep.pop(0))
+
+    def _check_awake(self) -> None:
+        assert not self._asleep, f"the generator sleeps ({' and '.join(self._asleep)}); `wake` comes first"
+        assert not self._without_weights, "the generator has given its weights up; `receive_weights` comes first"
+
     def fill_cache(self) -> None:
-        """Puts a probe prompt into the prefix cache: the next `probe` sees it, should a reset be forgotten."""
+        """Puts a probe prompt into the prefix cache: the next `probe` sees it, should a reset be forgotten.
+
+        A generator that sleeps has no cache, and does nothing.
+        """
+        if self._asleep:
+            return
         self._next_tokens(self._probe_prompts[:1])
 
     def probe(self) -> ProbeResult:
@@ -285,6 +324,7 @@ class Generator:
         return ProbeResult(sequences=whole, logprobs=torch.tensor(logprobs), version=self.version)
 
     def _next_tokens(self, prompts: Sequence[list[int]]) -> list[tuple[int, float]]:
+        self._check_awake()
         samples = self.engine.generate(prompts, _GREEDY, seeds=[0] * len(prompts))
         return [(sample.token_ids[0], sample.logprobs[0]) for sample in samples]
 

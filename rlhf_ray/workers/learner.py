@@ -435,6 +435,18 @@ class Learner:
         """
         self.engine.load(Path(directory))
 
+    def offload(self, *, keep_weights: bool = False) -> None:
+        """Leaves the GPU to others: gradients and optimizer states go to host memory, and the weights unless kept.
+
+        On a CPU nothing is moved. Until `reload` nothing can be learnt, saved or loaded; without the weights nothing
+        can be judged or sent either.
+        """
+        self.engine.offload(keep_weights=keep_weights)
+
+    def reload(self) -> None:
+        """Comes back to the GPU with every bit as it was; without an `offload` before, nothing happens."""
+        self.engine.reload()
+
     def memory(self) -> float:
         """Peak memory in GiB: of the GPU where there is one, else of the process."""
         return peak_memory_gib()

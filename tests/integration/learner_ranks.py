@@ -87,6 +87,7 @@ def run(name: str, model: Path, output: Path) -> dict[str, Any]:
 
     resumed = start()
     resumed.load(output / name / "saved")
+    _away_and_back(resumed)
     again = resumed.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2)
     same = again == metrics[1] and all(torch.equal(tensor, trained[key]) for key, tensor in _weights(resumed).items())
     one_row = resumed.update(sequences.select([3]), LanguageObjective(), epochs=1, mini_batches=1, iteration=3)
@@ -131,6 +132,7 @@ def run_lora(name: str, model: Path, output: Path) -> dict[str, Any]:
 
     resumed = _start(model, LORA_RUNS[name] | {"lora": lora}, "both")
     resumed.load(output / name / "saved")
+    _away_and_back(resumed)
     again = resumed.update(sequences, LanguageObjective(), epochs=1, mini_batches=1, iteration=2)
     same = again == metrics[1] and all(torch.equal(tensor, trained[key]) for key, tensor in _weights(resumed).items())
     resumed.close()
@@ -143,6 +145,14 @@ def run_lora(name: str, model: Path, output: Path) -> dict[str, Any]:
         "answers": answers.tolist(),
         "saved_bytes": sum(file.stat().st_size for file in (output / name / "saved").rglob("*.pt")),
     }
+
+
+def _away_and_back(learner: Learner) -> None:
+    """What a GPU's learner does while generators sample: from here on it must learn as if it had stayed."""
+    learner.engine.moves_states = True
+    learner.offload(keep_weights=True)
+    learner.offload()
+    learner.reload()
 
 
 def _joint() -> JointObjective:

@@ -146,11 +146,12 @@ def test_a_collective_group_calls_every_rank(cluster: Cluster) -> None:
 def test_workers_of_a_rendezvous_meet(cluster: Cluster) -> None:
     with cluster.reserve([RoleRequest("policy", 2, rendezvous=True, reuse="tests")]) as placement:
         group = placement.start("policy", Worker)
-        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
         zero, one = group.all(Worker.environment, names).result()
         assert (zero["RANK"], one["RANK"]) == ("0", "1")
         assert zero["WORLD_SIZE"] == one["WORLD_SIZE"] == "2"
-        assert zero["LOCAL_RANK"] == one["LOCAL_RANK"] == "0"
+        assert (zero["LOCAL_RANK"], one["LOCAL_RANK"]) == ("0", "1")
+        assert zero["LOCAL_WORLD_SIZE"] == one["LOCAL_WORLD_SIZE"] == "2"
         assert zero["MASTER_PORT"] == one["MASTER_PORT"]
         assert zero["MASTER_ADDR"] == one["MASTER_ADDR"]
         assert group.all(Worker.reduce).result() == [3.0, 3.0]

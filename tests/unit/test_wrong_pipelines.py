@@ -109,6 +109,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "target_of_a_fixed_controller": ("kl.target (line 7)", "has no effect", "kl.controller is fixed"),
     "negative_staleness": ("staleness (line 7)", "got -1"),
     "chunks_with_staleness": ("chunk_samples (line 8)", "has no effect", "sampled before it is scored"),
+    "sleep_with_staleness": ("generator.sleep (line 7)", "got true", "neither can leave the GPU"),
+    "offload_with_staleness": ("policy.offload (line 4)", "got true", "neither can leave the GPU"),
+    "offload_without_generators": ("policy.offload (line 3)", "has no effect", "without a generator"),
+    "sleep_without_learners": ("generator.sleep (line 6)", "has no effect", "no learners"),
     "interrupted_on_policy": ("interrupted (line 7)", "has no effect", "with staleness 0"),
     "cap_without_correction": ("correction.cap (line 7)", "has no effect", "correction.mode is off"),
     "final_rate_of_a_constant_schedule": (

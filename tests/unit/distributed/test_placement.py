@@ -5,7 +5,8 @@ import socket
 import pytest
 
 from rlhf_ray.distributed import placement
-from rlhf_ray.distributed.placement import Capacity, Cluster, RoleRequest, Share, fit, worker_environment
+from rlhf_ray.distributed.bundles import Capacity, RoleRequest, Share, fit
+from rlhf_ray.distributed.placement import Cluster, worker_environment
 from rlhf_ray.distributed.rendezvous import Meeting, environment
 from rlhf_ray.errors import ConfigError, PlacementError
 
@@ -16,7 +17,7 @@ LAPTOP = Capacity(cpus=2, gpus=0, free_cpus=2, free_gpus=0, nodes=[Share(2, 0)])
 def shares(
     requests: list[RoleRequest], capacity: Capacity, *, strategy: str = "PACK", wait: bool = False
 ) -> dict[str, Share]:
-    return fit(requests, capacity, strategy=strategy, may_wait=wait)
+    return dict(fit(requests, capacity, strategy=strategy, may_wait=wait).workers)
 
 
 def test_unset_cores_are_one_each_where_they_fit() -> None:
@@ -123,12 +124,13 @@ def test_the_port_of_a_meeting_is_held_and_can_be_taken_by_a_server() -> None:
 
 
 def test_rendezvous_variables() -> None:
-    variables = environment(("10.0.0.1", 4321), rank=1, size=2, node="127.0.0.1")
+    variables = environment(("10.0.0.1", 4321), rank=1, size=4, local=(1, 2), node="127.0.0.1")
     assert variables.pop("GLOO_SOCKET_IFNAME", "lo") == "lo"
     assert variables == {
         "RANK": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "10.0.0.1",
         "MASTER_PORT": "4321",
     }

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from rlhf_ray.config import schema
-from rlhf_ray.engines.vllm_generation import VllmEngine, cache_bytes, engine_environment, limit_model_len
+from rlhf_ray.engines.vllm_generation import VllmEngine, _arguments, cache_bytes, engine_environment, limit_model_len
 from rlhf_ray.errors import ConfigError
 
 
@@ -55,3 +55,40 @@ def test_attention_heads_that_the_cpu_backend_does_not_take(tmp_path: Path) -> N
             config=schema.Generator(), model=str(tmp_path), revision=None, tokenizer=str(tmp_path), max_model_len=64
         )
     assert "vllm" not in sys.modules
+
+
+class FakeLlm:
+    """Notes how it is put to sleep and woken."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(level)
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(tags)
+
+
+@pytest.mark.parametrize(
+    ("lora", "keep_weights", "level"), [(None, False, 2), (None, True, 1), (schema.Lora(), False, 1)]
+)
+def test_how_vllm_sleeps(lora: schema.Lora | None, keep_weights: bool, level: int) -> None:
+    """Weights that no transfer will bring are kept in host memory: level 1."""
+    engine = object.__new__(VllmEngine)
+    engine._lora, engine._llm, engine._sleeps = lora, FakeLlm(), True
+    engine.sleep(keep_weights=keep_weights)
+    engine.wake("weights")
+    engine.wake("cache")
+    assert engine._llm.calls == [level, ["weights"], ["kv_cache"]]
+    engine._llm, engine._sleeps = FakeLlm(), False
+    engine.sleep(keep_weights=keep_weights)
+    engine.wake("weights")
+    assert engine._llm.calls == []
+
+
+def test_sleep_is_asked_for_at_the_start_and_on_a_gpu_only() -> None:
+    config = schema.Generator(sleep=True)
+    assert _arguments(config, llama(), max_model_len=64, gpu=True)["enable_sleep_mode"] is True
+    assert _arguments(schema.Generator(), llama(), max_model_len=64, gpu=True)["enable_sleep_mode"] is False
+    assert "enable_sleep_mode" not in _arguments(config, llama(), max_model_len=64, gpu=False)

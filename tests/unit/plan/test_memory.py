@@ -11,7 +11,16 @@ import pytest
 from rlhf_ray.config import schema
 from rlhf_ray.plan.arithmetic import arithmetic
 from rlhf_ray.plan.cluster import ClusterShape, parse_cluster, unnamed_cluster
-from rlhf_ray.plan.memory import DRIVER_GIB, GIB, RESERVE_GIB, RoleMemory, StageMemory, learner_parts, plan_memory
+from rlhf_ray.plan.memory import (
+    DRIVER_GIB,
+    GIB,
+    RESERVE_GIB,
+    RoleMemory,
+    StageMemory,
+    gpu_turns,
+    learner_parts,
+    plan_memory,
+)
 from rlhf_ray.plan.networks import Network
 from rlhf_ray.plan.placement import plan_placement
 
@@ -136,3 +145,81 @@ def test_without_a_cluster_there_is_no_verdict(llama_directory: Path) -> None:
     assert memory.fits is None
     # Room for all 8 samples of 32 tokens: 4 layers of 128 keys and values in float32.
     assert by_role(memory)["generator"].parts["cache"] * GIB == 8 * 32 * 2 * 4 * 128 * 4
+
+
+def test_roles_on_one_gpu_add_up(llama_directory: Path) -> None:
+    together = {"critic": {"colocate_with": "policy"}, "reference": {"colocate_with": "policy"}}
+    memory = stage_memory(llama_directory, parse_cluster("1x4xL4-24"), **together)
+    (shared,) = memory.shared
+    roles = by_role(memory)
+    assert shared.roles == ("policy", "critic", "reference")
+    assert shared.total == pytest.approx(sum(roles[role].total for role in shared.roles))
+    assert (shared.room, shared.fits, memory.fits) == (24, True, True)
+    assert roles["reference"].room == 24
+
+    tight = stage_memory(llama_directory, parse_cluster("1x4xOld-4"), **together)
+    assert {role.role: role.fits for role in tight.roles if role.role in shared.roles} == dict.fromkeys(
+        shared.roles, True
+    )
+    assert (tight.shared[0].fits, tight.fits) == (False, False)
+    assert tight.shared[0].advice is not None
+
+
+def test_an_engine_in_a_shared_bundle_has_its_part_of_the_whole_gpu(llama_directory: Path) -> None:
+    awake = {"generator": {"colocate_with": "policy", "memory_share": 0.6}}
+    memory = stage_memory(llama_directory, parse_cluster("1x4xL4-24"), **awake)
+    assert by_role(memory)["generator"].room == pytest.approx(0.6 * 24)
+    policy, engine = by_role(memory)["policy"], by_role(memory)["generator"]
+    # Its buffers of logits lie idle while the policy learns.
+    assert memory.shared[0].total == pytest.approx(policy.total + 0.6 * 24 - engine.parts["logits"])
+    asleep = {
+        "generator": awake["generator"] | {"sleep": True},
+        "policy": {"model": str(llama_directory), "offload": True},
+    }
+    (shared,) = stage_memory(llama_directory, parse_cluster("1x4xL4-24"), **asleep).shared
+    assert shared.moment == "proof"
+    kept = sum(policy.parts[name] for name in ("weights", "sync", "reserve"))
+    assert shared.total == pytest.approx(kept + 0.6 * 24)
+
+
+TURNS = {
+    "policy": {"weights": 2.0, "gradients": 3.0, "optimizer": 8.0, "activations": 20.0, "sync": 0.5, "reserve": 1.0},
+    "critic": {"weights": 2.0, "gradients": 3.0, "optimizer": 8.0, "activations": 10.0, "reserve": 1.0},
+    "reference": {"weights": 2.0, "activations": 4.0, "reserve": 1.0},
+    "generator": {"weights": 2.0, "cache": 30.0, "logits": 1.0, "sync": 0.25, "reserve": 1.0},
+}
+
+
+def test_roles_that_take_turns_do_not_add_up() -> None:
+    """Asleep the generator has 1.25 left, of its 34.25; away the learners have 1.5 and 1, of their 34.5 and 24."""
+    found = gpu_turns(TURNS, sleeps=True, leaving=["policy", "critic"])
+    assert found == {
+        "sampling": 34.25 + 2.5 + 7,
+        "transfer": 3.25 + 14.5 + 14 + 3,
+        "proof": 34.25 + 3.5 + 1 + 3,
+        "learning": 1.25 + 34.5 + 24 + 7,
+    }
+    assert max(found.values()) < sum(sum(parts.values()) for parts in TURNS.values())
+
+
+def test_who_does_not_leave_stays_with_all_that_it_keeps() -> None:
+    found = gpu_turns(TURNS, sleeps=False)
+    assert found == {
+        "sampling": 34.25 + 28.5 + 7,
+        "transfer": 33.25 + 28.5 + 3,
+        "proof": 34.25 + 28.5 + 3,
+        "learning": 33.25 + 58.5 + 7,
+    }
+    one_side = gpu_turns(TURNS, sleeps=False, leaving=["critic"])
+    assert one_side["sampling"] == found["sampling"] - 13
+    assert one_side["learning"] == found["learning"]
+
+
+def test_what_leaves_a_gpu_lies_in_host_memory(llama_directory: Path) -> None:
+    stays = by_role(stage_memory(llama_directory, parse_cluster("1x1xH100-80")))
+    turns = {"policy": {"model": str(llama_directory), "offload": True}, "generator": {"sleep": True}}
+    leaves = by_role(stage_memory(llama_directory, parse_cluster("1x1xH100-80"), **turns))
+    moved = sum(stays["policy"].parts[name] for name in ("weights", "gradients", "optimizer"))
+    assert leaves["policy"].host == pytest.approx(moved + RESERVE_GIB["cpu"]["scorer"])
+    # An engine that sleeps may use its share of the whole GPU.
+    assert leaves["generator"].room == pytest.approx(0.85 * 80)

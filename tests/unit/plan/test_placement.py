@@ -153,7 +153,7 @@ def test_no_node_gives_more_than_it_has(requests: list[RoleRequest], nodes: int,
     for request in requests:
         assert sum(found[request.role].values()) == request.workers
     for node in range(nodes):
-        assert sum(found[each.role].get(node, 0) * shares[each.role].gpus for each in requests) <= each + 1e-6
+        assert sum(found[each.role].get(node, 0) * shares.workers[each.role].gpus for each in requests) <= each + 1e-6
 
 
 @pytest.mark.parametrize("asked", [["ppo.reward.0.workers=9"], ["ppo.generator.workers=6", "ppo.reference.workers=5"]])
@@ -168,3 +168,34 @@ def test_what_is_proposed_fits_as_an_override(asked: list[str]) -> None:
     change, nodes = found.changes
     assert planned([*asked, *(f"ppo.{part}" for part in change.split())]).shortage is None
     assert nodes == "2 such nodes instead of 1"
+
+
+def test_roles_that_share_bundles_are_planned_together() -> None:
+    stage = ppo(
+        policy={"model": "m", "workers": 4},
+        critic={"workers": 4, "colocate_with": "policy"},
+        reference={"workers": 2, "colocate_with": "policy"},
+        generator={"gpus": 1},
+    )
+    (found,) = plan_placement(stage, parse_cluster("2x8xH100-80"), strategy="PACK")
+    three, two = ("policy + critic + reference", Share(3, 1)), ("policy + critic", Share(2, 1))
+    assert found.groups == ((three, three, two, two, ("reward/model", Share(1, 1))), (("generator", Share(1, 1)),))
+    assert found.wanted == Share(12, 6)
+    roles = {role.role: role for role in found.roles}
+    assert (roles["reference"].shares_with, roles["reference"].room) == ("policy", Share(3, 1))
+    assert roles["reference"].share == roles["policy"].share == Share(1, 0.33)
+    assert roles["reference"].nodes == {0: 2}
+    assert (roles["policy"].shares_with, roles["generator"].shares_with) == (None, None)
+
+
+def test_sharers_get_fewer_workers_together() -> None:
+    stage = ppo(
+        policy={"model": "m", "workers": 12},
+        critic={"workers": 12, "colocate_with": "policy"},
+        reference={"gpus": 0},
+        reward=[REWARD | {"gpus": 0}],
+    )
+    (found,) = plan_placement(stage, parse_cluster("1x8xH100-80"), strategy="PACK")
+    assert found.shortage is not None
+    assert "policy (with critic) needs 12 GPUs" in found.shortage
+    assert found.changes == ("policy.workers=7 critic.workers=7", "2 such nodes instead of 1")

@@ -96,3 +96,22 @@ def test_help_needs_neither_torch_nor_ray() -> None:
     code = "import sys, rlhf_ray.plan_command; print({'torch', 'ray'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert found.stdout.strip() == "set()"
+
+
+def test_a_layout_is_printed_as_plain_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, PIPELINE, "placement.layout=colocated", "ppo.policy.workers=2", "--cluster", "2x8xH100-80")
+    words = " ".join(out.split())
+    assert "placement.layout makes of ppo: critic.colocate_with=policy critic.workers=2 " in words
+    assert "generator.sleep=true generator.memory_share=0.5 policy.offload=true critic.offload=true" in words
+    assert "2 x {CPU 5, GPU 1} (2 on 1)" in out
+    assert out.count("those of policy (2 on 1)") == 4
+    assert "all on policy's GPU" in words
+    assert "ppo: what is on policy's GPU takes most while the engines" in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_sharers_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["ppo.generator.colocate_with=policy", "ppo.critic.colocate_with=policy"]
+    _, out, _ = run(capsys, PIPELINE, *shared, "--cluster", "1x8xH100-10")
+    assert "ppo policy, critic, generator do NOT fit: " in " ".join(out.split())
+    assert "what helps most: " in out

@@ -30,6 +30,7 @@ from rlhf_ray.trainers.dpo import (
 from rlhf_ray.trainers.journal import read_rollouts
 from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.run import RunFolder
+from rlhf_ray.trainers.turns import GpuTurns
 from tests.unit.data.tokenizers_for_tests import byte_tokenizer
 from tests.unit.trainers.fake_workers import (
     Events,
@@ -259,7 +260,7 @@ def test_samples_are_drawn_from_synced_weights_and_compared_with_the_reference(t
     prompts = stage.held_out.prompts(2, byte_tokenizer())
     assert prompts.ids == [0]
     weights: Any = FakeSync(stage.events, generator)
-    stage.samples = Samples(stage.group(generator, "generator"), weights, prompts)
+    stage.samples = Samples(stage.group(generator, "generator"), weights, GpuTurns(), prompts)
     stage.scorers = {"function": stage.group(FakeScorer(1.0), "reward/function")}
     stage.train()
     sampled = [("generate", 0, [0]), ("policy logprobs", 0.5), ("reference logprobs", 0.5)]
@@ -287,7 +288,7 @@ def test_samples_are_compared_with_the_policy_without_its_adapter(tmp_path: Path
     generator = FakeGenerator(stage.events)
     weights: Any = FakeSync(stage.events, generator)
     prompts = stage.held_out.prompts(2, byte_tokenizer())
-    stage.samples = Samples(stage.group(generator, "generator"), weights, prompts)
+    stage.samples = Samples(stage.group(generator, "generator"), weights, GpuTurns(), prompts)
     stage.train()
     assert ("policy reference_logprobs", 1.0) in stage.events
     row = read_metrics(tmp_path / "run")[-1]
@@ -301,7 +302,7 @@ def test_samples_without_scorers_and_reference(tmp_path: Path) -> None:
     assert stage.held_out is not None
     weights: Any = FakeSync(stage.events, generator)
     prompts = stage.held_out.prompts(2, byte_tokenizer())
-    stage.samples = Samples(stage.group(generator, "generator"), weights, prompts)
+    stage.samples = Samples(stage.group(generator, "generator"), weights, GpuTurns(), prompts)
     stage.train()
     row = read_metrics(tmp_path / "run")[-1]
     assert not {"evaluation/reward_mean", "evaluation/kl_k1"} & set(row)

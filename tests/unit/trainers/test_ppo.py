@@ -28,6 +28,7 @@ from rlhf_ray.trainers.ppo import (
 )
 from rlhf_ray.trainers.run import RunFolder
 from rlhf_ray.trainers.sampling import Piece, SampleStream, chunk_sizes
+from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.workers.learner import Values
 from rlhf_ray.workers.objectives import JointObjective, PolicyObjective, ValueObjective
 from tests.unit.trainers.fake_workers import (
@@ -425,7 +426,7 @@ class Stage:
         with RunFolder.open(self.run_dir) if resume else RunFolder.create(self.run_dir, {"config.yaml": ""}) as folder:
             with stage_run(folder, self.config, total=self.config.iterations, recorder=recorder) as run:
                 run.start_or_resume(FakeParts(self.policy, kl, samples))
-                train_ppo(self.config, groups, samples, fakes[1], sync, kl, run)
+                train_ppo(self.config, groups, samples, fakes[1], sync, GpuTurns(), kl, run)
         return self.events
 
     def metrics(self) -> list[dict[str, Any]]:

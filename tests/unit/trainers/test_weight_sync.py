@@ -30,6 +30,7 @@ from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.loading import load_causal_lm
 from rlhf_ray.models.lora import adapter_weights, add_adapter, named_weights
 from rlhf_ray.trainers import weight_sync
+from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.trainers.weight_sync import ProbeLimits, WeightSync, check_arrivals, check_probe, probe_limits
 from rlhf_ray.workers.generator import Generator, ProbeResult
 from tests.tiny_models import make_gpt2, make_llama
@@ -79,6 +80,7 @@ class SmallLearner:
         self.weights = self.whole if lora is None else adapter_weights(self.model)
         self.rank = rank
         self.sender: Sender | None = None
+        self.here = True
 
     def endpoint(self) -> Endpoint:
         return this_endpoint()
@@ -94,9 +96,16 @@ class SmallLearner:
     def model_bytes(self) -> int:
         return sum(weight.numel() * 4 for weight in self.whole.values())
 
+    def offload(self, *, keep_weights: bool) -> None:
+        self.here = keep_weights
+
+    def reload(self) -> None:
+        self.here = True
+
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, temperature: float | None = None) -> Tensor:
         assert temperature == 1.0
+        assert self.here, "the probe is judged while the weights are away"
         return token_logprobs(self.model(sequences.tokens, use_cache=False).logits, sequences.tokens)
 
     def nudge(self) -> None:
@@ -110,7 +119,12 @@ LORA = schema.Lora(rank=2, alpha=8.0)
 
 
 def start(
-    model: str, generators: int = 1, learners: int = 1, lora: schema.Lora | None = None, **settings: Any
+    model: str,
+    generators: int = 1,
+    learners: int = 1,
+    lora: schema.Lora | None = None,
+    turns: type[GpuTurns] | None = None,
+    **settings: Any,
 ) -> tuple[WeightSync, SmallLearner, list[Generator]]:
     config = schema.Generator(engine="hf", workers=generators)
     policy = [SmallLearner(model, rank, lora) for rank in range(learners)]
@@ -128,12 +142,14 @@ def start(
         for rank in range(generators)
     ]
     placement = schema.Placement(call_timeout_s=20.0, bucket_mib=1, **settings)
+    groups: Any = {"policy": ThreadGroup("policy", policy), "generator": ThreadGroup("generator", workers)}
     sync = WeightSync(
-        ThreadGroup("policy", policy),  # type: ignore[arg-type]
-        ThreadGroup("generator", workers),  # type: ignore[arg-type]
+        groups["policy"],
+        groups["generator"],
         settings=placement,
         generator_settings=config,
         learner_dtype="float32",
+        turns=turns and turns(groups["generator"], [groups["policy"]]),
     )
     return sync, policy[0], workers
 
@@ -320,3 +336,33 @@ def test_samples_are_compared_where_they_are_of_the_learners_weights() -> None:
     assert sync.check_rollouts(rollouts, logprobs, version=8) == {"generator/attested_share": 0.0}
     with pytest.raises(WeightSyncError, match=r"version 6: .* 2 at most .* token 2 of row 0 \(prompt 4\), id 6"):
         sync.check_rollouts(rollouts, logprobs, version=6)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_weights_reach_engines_that_were_asleep(llama: str, lora: schema.Lora | None) -> None:
+    """Their model's memory is really given back in between, on a CPU as on a GPU."""
+    sync, learner, (worker,) = start(llama, lora=lora, turns=GpuTurns)
+    engine: Any = worker.engine
+    engine.moves_weights = True
+    # On a CPU they are pages of the model's file, on a GPU memory of their own.
+    for parameter in engine._model.parameters():
+        parameter.data = parameter.data.clone()
+    engine._weights = engine._model.state_dict() if lora is None else adapter_weights(engine._model)
+    model = next(iter(engine._model.parameters())).untyped_storage()
+    for version in (1, 2):
+        sync._turns.learning()
+        assert model.nbytes() == 0
+        with pytest.raises(AssertionError, match=r"sleeps \(weights and cache\); `wake` comes first"):
+            worker.probe()
+        learner.nudge()
+        sync.sync(version)
+        assert model.nbytes() > 0
+        assert worker.probe().version == version
+        assert not learner.here
+    worker.sleep(keep_weights=False)
+    worker.wake()
+    if lora is None:
+        with pytest.raises(AssertionError, match=r"has given its weights up; `receive_weights` comes first"):
+            worker.probe()
+    else:
+        worker.probe()

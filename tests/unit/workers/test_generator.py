@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -154,6 +155,33 @@ def test_weights_are_refused_while_responses_are_generated(llama: str) -> None:
     spec = TransportSpec(kind="gloo", address="", port=0, receivers=1, timeout_s=2)
     with pytest.raises(WeightSyncError, match=r"version 1 arrives while 4 responses are being generated; .*'keep'"):
         generator.receive_weights(spec, 1)
+
+
+def test_nothing_is_asked_of_a_generator_that_sleeps(llama: str) -> None:
+    generator = make_generator(llama)
+    generator.start(make_prompts(), SAMPLING, iteration=1)
+    with pytest.raises(AssertionError, match="6 responses are being generated, so the generator cannot sleep"):
+        generator.sleep(keep_weights=True)
+    generator.next_finished(1, 6)
+    generator.sleep(keep_weights=True)
+    # A second call gives up nothing that the first one kept.
+    generator.sleep(keep_weights=False)
+    generator.fill_cache()
+    spec = TransportSpec(kind="gloo", address="", port=0, receivers=1, timeout_s=2)
+    asked: list[Callable[[], object]] = [
+        lambda: generator.generate(make_prompts(), SAMPLING, iteration=2),
+        lambda: generator.start(make_prompts(), SAMPLING, iteration=2),
+        lambda: generator.receive_weights(spec, 1),
+        generator.probe,
+    ]
+    for ask in asked:
+        with pytest.raises(AssertionError, match="`wake` comes first"):
+            ask()
+    generator.wake(weights_only=True)
+    with pytest.raises(AssertionError, match="the generator sleeps \(cache\)"):
+        generator.probe()
+    generator.wake()
+    generator.probe()
 
 
 def test_a_prompt_that_is_too_long_is_named(llama: str) -> None:

@@ -680,3 +680,40 @@ def test_state_of_another_adapter_is_refused(make: MakeLearner, tmp_path: Path) 
         make(lora=LORA | {"target_modules": ["k_proj"]}).load(tmp_path)
     with pytest.raises(CheckpointError, match="does not fit"):
         make().load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"zero": 0}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"zero": 2, "dtype": "bfloat16"}, {"lora": {}}]
+)
+def test_a_learner_that_was_away_learns_the_same_bits(
+    make: MakeLearner, sequences: Sequences, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = settings | {"optimizer": schema.Optimizer(learning_rate=1e-2)}
+
+    def step(learner: Learner, iteration: int) -> dict[str, float]:
+        return learner.update(sequences, LanguageObjective(), epochs=1, mini_batches=2, iteration=iteration)
+
+    def weights(learner: Learner) -> list[tuple[str, Tensor]]:
+        return [(name, tensor.clone()) for bucket in learner.weights(bucket_bytes=1 << 16) for name, tensor in bucket]
+
+    stayed = make(**settings)
+    wanted = [step(stayed, iteration) for iteration in (1, 2, 3)], stayed.logprobs(sequences), weights(stayed)
+    learner = make(**settings)
+    learner.engine.moves_states = True
+    metrics = []
+    for iteration in (1, 2, 3):
+        metrics.append(step(learner, iteration))
+        before = learner.logprobs(sequences)
+        learner.offload(keep_weights=True)
+        assert torch.equal(learner.logprobs(sequences), before)
+        with pytest.raises(AssertionError, match=r"states are in host memory; `reload` comes first"):
+            learner.save(tmp_path)
+        learner.offload()
+        with pytest.raises(AssertionError, match=r"weights are in host memory"):
+            learner.logprobs(sequences)
+        large = [tensor for tensor in learner.engine.module.parameters() if tensor.untyped_storage().resizable()]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in large) == 0
+        learner.reload()
+    assert metrics == wanted[0]
+    assert torch.equal(learner.logprobs(sequences), wanted[1])
+    assert all(torch.equal(mine, other) for (_, mine), (_, other) in zip(weights(learner), wanted[2], strict=True))

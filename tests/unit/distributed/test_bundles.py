@@ -1,0 +1,131 @@
+"""Who shares a bundle, how much everybody gets, and where there is room."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_ray.distributed.bundles import (
+    Capacity,
+    RoleRequest,
+    Share,
+    Shares,
+    assign,
+    fit,
+    local_ranks,
+    reservations,
+    sharing,
+)
+from rlhf_ray.errors import PlacementError
+
+LEARNERS = RoleRequest("policy", 2, rendezvous=True)
+GUESTS = [
+    RoleRequest("critic", 2, rendezvous=True, colocate_with="policy"),
+    RoleRequest("judge", colocate_with="policy"),
+]
+
+
+def nodes(number: int, cpus: float, gpus: float) -> Capacity:
+    return Capacity(number * cpus, number * gpus, number * cpus, number * gpus, [Share(cpus, gpus)] * number)
+
+
+def bundles(requests: list[RoleRequest], capacity: Capacity, *, strategy: str = "PACK") -> list[list[Share]]:
+    shares = fit(requests, capacity, strategy=strategy, may_wait=False)
+    return [[shares.of(bundle) for bundle in group] for group in reservations(requests)]
+
+
+def test_guests_are_in_the_bundles_of_their_host() -> None:
+    shares = fit([*GUESTS, LEARNERS], nodes(1, 8, 2), strategy="PACK", may_wait=False)
+    assert shares == Shares(
+        {"policy": Share(1, 0.33), "critic": Share(1, 0.33), "judge": Share(1, 0.33)},
+        {"policy": 1.0, "critic": 1.0, "judge": 1.0},
+    )
+    assert bundles([*GUESTS, LEARNERS], nodes(1, 8, 2)) == [[Share(3, 1), Share(2, 1)]]
+    assert [[each.role for each in members] for members in sharing([*GUESTS, LEARNERS])] == [
+        ["policy", "critic", "judge"]
+    ]
+
+
+def test_ranks_of_one_group_are_on_a_gpu_each_though_others_share_it() -> None:
+    one_gpu = nodes(1, 8, 1)
+    with pytest.raises(PlacementError, match=r"^policy \(with critic, judge\) needs 2 GPUs; 1 of 1 are free"):
+        fit([LEARNERS, *GUESTS], one_gpu, strategy="PACK", may_wait=False)
+    half = RoleRequest("policy", 1, gpus=0.5)
+    with pytest.raises(PlacementError, match=r"critic has 2 workers with 0.5 GPUs each: NCCL wants a whole"):
+        fit([half, *GUESTS], nodes(1, 8, 2), strategy="PACK", may_wait=False)
+
+
+def test_guests_of_a_role_that_is_not_there_share_with_each_other() -> None:
+    judges = [RoleRequest("rule", gpus=0.0, colocate_with="policy"), RoleRequest("judge", 2, colocate_with="policy")]
+    assert bundles(judges, nodes(1, 8, 4)) == [[Share(2, 1), Share(1, 1)]]
+    shares = fit(judges, nodes(1, 8, 4), strategy="PACK", may_wait=False)
+    assert shares.workers == {"judge": Share(1, 1), "rule": Share(1, 0)}
+
+
+def test_without_a_gpu_only_cores_are_shared() -> None:
+    assert bundles([LEARNERS, *GUESTS], nodes(1, 2, 0)) == [[Share(1.2, 0), Share(0.8, 0)]]
+
+
+def test_a_guest_of_a_host_on_the_cpu_has_no_gpu() -> None:
+    on_cpu = [RoleRequest("policy", gpus=0.0), RoleRequest("judge", colocate_with="policy")]
+    assert bundles(on_cpu, nodes(1, 8, 4)) == [[Share(2, 0)]]
+
+
+def test_engines_in_shared_bundles_are_not_kept() -> None:
+    engine = RoleRequest("generator", 2, reuse="generator")
+    assert len(reservations([engine])) == 2
+    (group,) = reservations([engine, RoleRequest("judge", colocate_with="generator")])
+    assert [[each.reuse for each in bundle] for bundle in group] == [[None, None], [None]]
+
+
+def test_whole_gpus_are_not_cut() -> None:
+    roles = [RoleRequest(name, whole_gpus=True) for name in ("policy", "reference", "generator")]
+    assert bundles(roles, nodes(1, 8, 3)) == [[Share(1, 1)] * 3]
+    with pytest.raises(PlacementError, match=r"\(3 GPUs together\); 2 of 2 are free"):
+        fit(roles, nodes(1, 8, 2), strategy="PACK", may_wait=False)
+    assert bundles(roles, nodes(1, 8, 0)) == [[Share(1, 0)] * 3]
+
+
+def test_several_gpus_are_not_shared() -> None:
+    requests = [RoleRequest("generator", gpus=2.0), RoleRequest("judge", colocate_with="generator")]
+    with pytest.raises(PlacementError, match=r"judge: colocate_with generator, whose workers have 2 GPUs each"):
+        fit(requests, nodes(1, 8, 4), strategy="PACK", may_wait=False)
+
+
+def test_cores_are_shared_so_that_the_bundles_pack() -> None:
+    """15 workers on 2 x 4 cores: 0.53 each would leave 0.29 beside each bundle of seven, too little for the last."""
+    guests = [RoleRequest(f"guest{number}", 2, colocate_with="policy") for number in range(6)]
+    requests = [RoleRequest("policy", 2), *guests, RoleRequest("rule", gpus=0.0)]
+    capacity = nodes(2, 4, 1)
+    shares = fit(requests, capacity, strategy="PACK", may_wait=False)
+    assign(requests, shares, capacity.nodes, strategy="PACK")
+    assert shares.workers["rule"] == Share(0.5, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    workers=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    hosts=st.integers(4, 6),
+    number=st.integers(1, 4),
+    gpus=st.integers(0, 4),
+)
+def test_a_bundle_has_what_its_workers_have(workers: list[int], hosts: int, number: int, gpus: int) -> None:
+    guests = [RoleRequest(f"guest{rank}", count, colocate_with="policy") for rank, count in enumerate(workers)]
+    requests = [RoleRequest("policy", hosts), *guests]
+    try:
+        shares = fit(requests, nodes(number, 8, gpus), strategy="PACK", may_wait=False)
+    except PlacementError:
+        return
+    (group,) = reservations(requests)
+    assert len(group) == hosts
+    for bundle in group:
+        room = shares.of(bundle)
+        assert room.cpus == pytest.approx(sum(shares.workers[each.role].cpus for each in bundle))
+        assert sum(shares.workers[each.role].gpus for each in bundle) <= room.gpus + 1e-9
+    placed = [each.role for bundle in group for each in bundle]
+    assert {request.role: request.workers for request in requests} == {role: placed.count(role) for role in placed}
+
+
+def test_local_ranks() -> None:
+    assert local_ranks(["a", "b", "a", "a", "b"]) == [(0, 3), (0, 2), (1, 3), (2, 3), (1, 2)]

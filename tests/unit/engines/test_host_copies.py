@@ -26,6 +26,7 @@ def test_views_see_the_tensor_leave_and_come_back(monkeypatch: pytest.MonkeyPatc
         assert half.tolist() == [0, 1, 2, 3, 4, 5]
         row += 1
         before[2] += 1
+        copies.reload()
         assert torch.equal(whole, before)
 
 

@@ -37,9 +37,7 @@ def scale_command(
         str,
         typer.Argument(metavar="RUN", help="Folder of a run, or with --address a submitted run.", show_default=False),
     ],
-    wanted: Annotated[
-        str, typer.Argument(metavar="generator=NUMBER", help="How many workers the role is to have.")
-    ],
+    wanted: Annotated[str, typer.Argument(metavar="generator=NUMBER", help="How many workers the role is to have.")],
     address: Annotated[
         str | None,
         typer.Option(help="Dashboard of the cluster that RUN was submitted to: http://HOST:8265.", show_default=False),

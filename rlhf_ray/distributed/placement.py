@@ -52,6 +52,7 @@ _CLOSE_BUSY_S = 2.0
 _GONE_S = 10.0
 _CONNECT_S = 5.0
 _NEW_ROOM_S = 1.0
+_POLL_S = 0.02
 # What workers take over from the driver's environment. Never a secret: these values can be read in Ray's own logs.
 _PASSED_ON = (
     "HF_HOME",
@@ -739,10 +740,13 @@ class Growth(Generic[W]):
         if self._building is not None:
             return
         deadline = time.monotonic() + _NEW_ROOM_S
-        for seat in list(self._asked):
-            if seat.group.wait(max(0.01, deadline - time.monotonic())):
-                self._asked.remove(seat)
-                self._ready.append(seat)
+        while self._asked:
+            placed = [seat for seat in self._asked if _is_placed(seat.group)]
+            self._asked = [seat for seat in self._asked if seat not in placed]
+            self._ready += placed
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
         if self._ready:
             seats, self._ready = self._ready, []
             siblings, recipe = self._placement._recipes[self._role]
@@ -780,6 +784,11 @@ class Growth(Generic[W]):
             building[0].close()
         seats, self._ready, self._asked = [*self._ready, *self._asked], [], []
         self._placement._dismiss(seats, idle=True)
+
+
+def _is_placed(group: PlacementGroup) -> bool:
+    # `PlacementGroup.wait` counts in whole seconds.
+    return bool(placement_group_table(group)["state"] == "CREATED")
 
 
 def _room_for(share: Share, capacity: Capacity) -> int:

@@ -131,9 +131,9 @@ class Scaling:
         """
         if self._wish is None or self._settled:
             return
-        before, wanted, note = self._group.size, self._wish.generator, ""
+        before, wanted, note, moved = self._group.size, self._wish.generator, "", 0
         if wanted < before:
-            samples.hand_back(stay=wanted)
+            moved = samples.hand_back(stay=wanted)
             self._room.shrink(ROLE, wanted)
         elif self._growth is not None:
             try:
@@ -146,7 +146,8 @@ class Scaling:
         if self._group.size != before:
             self._since = self._iteration + 1
             weights.receivers_changed()
-            self._message(f"{ROLE}: {before} -> {self._group.size} workers from iteration {self._since}")
+            change = f"{ROLE}: {before} -> {self._group.size} workers from iteration {self._since}"
+            self._message(f"{change}; {moved} unfinished responses begin anew" if moved else change)
         if self._growth is None:
             self._settled = True
             if note != self._note:

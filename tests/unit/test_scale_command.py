@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,3 +133,28 @@ def test_a_submitted_run_that_cannot_be_scaled(
         at = ("generator=3", "--address", dashboard.address)
         assert "a-1 has ended: SUCCEEDED" in refusal(capsys, "/runs/a-1", *at)
         assert "has no run 'a-2'; did you mean `a-1`?" in refusal(capsys, "a-2", *at)
+
+
+def test_a_job_asks_a_submitted_run_on_its_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder need not be seen here; the command ends with the job's exit code."""
+    sent: list[tuple[str, str]] = []
+
+    def submit(self: object, job_id: str, command: str, folder: Path, **further: Any) -> None:
+        assert list(folder.iterdir()) == []
+        assert further == {"variables": {}, "metadata": {}}
+        sent.append((job_id, command))
+
+    def follow(self: object, job_id: str, write: object) -> SimpleNamespace:
+        assert job_id == sent[0][0]
+        return SimpleNamespace(exit_code=1)
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setattr("rlhf_ray.distributed.jobs.JobServer.submit", submit)
+    monkeypatch.setattr("rlhf_ray.distributed.jobs.JobServer.follow", follow)
+    running = job("a-1", "RUNNING")
+    running["metadata"]["run_dir"] = "/mnt/my runs/a"
+    with serving(Dashboard(token=TOKEN, jobs=[running])) as dashboard:
+        assert exit_code("a-1", "generator=3", "--detach", "--address", dashboard.address) == 1
+    words = "python -m rlhf_ray scale '/mnt/my runs/a' generator=3 --timeout-s 3600 --detach"
+    assert sent[0][1] == f"exec {words}"
+    assert sent[0][0].startswith("scale-a-1-")

@@ -59,6 +59,7 @@ class FakeRoom:
         self.free = free
         self.patient = True
         self.broken = False
+        self.unfinished = 0
         self.events: list[Any] = []
         self.growths: list[FakeGrowth] = []
 
@@ -73,7 +74,7 @@ class FakeRoom:
 
     def hand_back(self, stay: int) -> int:
         self.events.append(("hand back", stay))
-        return 0
+        return self.unfinished
 
     def receivers_changed(self) -> None:
         self.events.append("receivers changed")
@@ -121,6 +122,7 @@ def test_new_ones_join_before_the_sync_and_leaving_ones_hand_back_first(tmp_path
         assert course.iterate(2) == [("grow", "generator", 2), "receivers changed"]
         assert course.standing() == Standing("ppo", 4, 2, more.number, True, "")
         fewer = wish_for(tmp_path, stage="ppo", generator=1)
+        course.room.unfinished = 3
         assert course.iterate(4) == [("hand back", 1), ("shrink", "generator", 1), "receivers changed"]
         assert course.standing() == Standing("ppo", 1, 4, fewer.number, True, "")
         same = wish_for(tmp_path, stage="ppo", generator=1)
@@ -128,7 +130,7 @@ def test_new_ones_join_before_the_sync_and_leaving_ones_hand_back_first(tmp_path
         assert course.standing() == Standing("ppo", 1, 4, same.number, True, "")
     assert course.said == [
         "generator: 2 -> 4 workers from iteration 2",
-        "generator: 4 -> 1 workers from iteration 4",
+        "generator: 4 -> 1 workers from iteration 4; 3 unfinished responses begin anew",
     ]
 
 

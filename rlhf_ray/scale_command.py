@@ -79,7 +79,7 @@ def _ask_folder(run: str, generators: int, *, detach: bool, timeout_s: float) ->
     if not (folder / CONFIG_FILE).is_file():
         what = "holds no run (there is no config.yaml)" if folder.is_dir() else "is not a folder"
         raise ConfigError(f"{run} {what}; wanted the run_dir of a run, or with --address a submitted run's id")
-    from rlhf_ray.trainers.scale_file import is_under_way, read_standing, wish_for
+    from rlhf_ray.trainers.scale_file import is_under_way, read_standing, read_wish, wish_for
 
     if not is_under_way(folder):
         raise ConfigError(
@@ -101,6 +101,9 @@ def _ask_folder(run: str, generators: int, *, detach: bool, timeout_s: float) ->
         before, later = now, read_standing(folder)
         if later is None or not is_under_way(folder):
             _say(f"{now.stage} has ended before")
+            raise SystemExit(1)
+        if read_wish(folder) != wish:
+            _say("another wish has taken the place of this one")
             raise SystemExit(1)
         now = later
         if now.wish == wish.number and not now.settled and now.note != before.note:

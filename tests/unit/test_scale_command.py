@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_ray.cli import main
 from rlhf_ray.trainers.run import RunFolder
-from rlhf_ray.trainers.scale_file import Standing, read_wish, remove_standing, write_standing
+from rlhf_ray.trainers.scale_file import Standing, Wish, read_wish, remove_standing, write_standing
 from tests.unit.dashboard import TOKEN, Dashboard, job, serving
 
 BEFORE = Standing("ppo", 2, 1, "", True, "")
@@ -123,6 +123,13 @@ def test_a_stage_that_ends_and_a_deadline(run_dir: Path, capsys: pytest.CaptureF
     write_standing(run_dir, BEFORE)
     assert exit_code(str(run_dir), "generator=4", "--timeout-s", "1") == 1
     assert "not done after 1 s; the wish stands" in capsys.readouterr().err
+
+
+def test_a_newer_wish(run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = Wish("ppo", 3, "0123")
+    monkeypatch.setattr("rlhf_ray.trainers.scale_file.read_wish", lambda folder: newer)
+    assert exit_code(str(run_dir), "generator=4") == 1
+    assert "another wish has taken the place of this one" in capsys.readouterr().err
 
 
 def test_a_submitted_run_that_cannot_be_scaled(

@@ -181,6 +181,15 @@ def test_a_worker_that_cannot_be_made_ends_nothing(tmp_path: Path) -> None:
         assert course.standing().note == ""
 
 
+def test_the_end_of_a_stage_ends_what_is_on_its_way(tmp_path: Path) -> None:
+    course = Course(tmp_path, free=0)
+    with course.scaling:
+        wish_for(tmp_path, stage="ppo", generator=5)
+        course.iterate(2)
+        assert not course.room.growths[0].closed
+    assert course.room.growths[0].closed
+
+
 def test_a_newer_wish_takes_the_place_of_one_that_waits(tmp_path: Path) -> None:
     course = Course(tmp_path, free=0)
     with course.scaling:

@@ -183,12 +183,12 @@ def test_a_leaving_generator_keeps_nothing_that_it_has_finished() -> None:
 
 @pytest.mark.parametrize("interrupted", ["keep", "abandon"])
 def test_what_was_taken_over_is_handed_on(interrupted: str) -> None:
-    """Three leave one after the other, while batches are under way that the first of them had a part in."""
+    """Three leave one after the other, while a batch is under way that each had a part in."""
     config = stage_of(staleness=2, interrupted=interrupted, prompts_per_iteration=40)
-    sizes = {(0, "begin"): 4, (1, "waited"): 3, (1, "synced"): 2, (2, "judged"): 1}
+    sizes = {(0, "begin"): 4, (2, "judged"): 3, (2, "waited"): 2, (2, "synced"): 1}
     batches, crowd, moved = run_stage(config, sizes)
     whole, _, _ = run_stage(config, {})
-    assert moved >= 3
+    assert moved > 9
     for mine, other in zip(batches, whole, strict=True):
         assert mine.responses == other.responses
     assert not crowd.workers[0]._started

@@ -1,5 +1,5 @@
 """The command line: `rlhf-ray run | resume | check | plan | settings | evaluate | generate | report | bench | doctor`;
-for runs on a cluster `submit | status | logs | stop | list` (submit.py).
+for runs on a cluster `submit | status | logs | stop | list` (submit.py), and `scale` (scale_command.py).
 
 Exit codes: 0 done, 1 an error, 2 a mistake in the user's input, 130 after Ctrl-C, 143 after SIGTERM.
 torch and Ray are imported only once a pipeline file is found right.
@@ -35,6 +35,7 @@ from rlhf_ray.options import (
     without_effect,
 )
 from rlhf_ray.plan_command import add_plan
+from rlhf_ray.scale_command import add_scale
 from rlhf_ray.start import check_functions, start_run
 from rlhf_ray.submit import add_commands
 from rlhf_ray.terminal import exit_codes, show, sigterm_exits
@@ -383,6 +384,7 @@ def doctor_command() -> None:
 app.add_typer(bench_app, name="bench")
 add_commands(app)
 add_plan(app)
+add_scale(app)
 
 
 # -------------------------------------------------------------------------------------- shared

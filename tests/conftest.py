@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("without a clock", deadline=None)
+settings.load_profile("without a clock")
 # Also for the processes that tests start: the cache of the reference's log-probabilities stays out of the home folder.
 os.environ["RLHF_RAY_CACHE"] = tempfile.mkdtemp(prefix="rlhf_ray_cache_")
 # Before any test imports them: the shapes in the signatures of the algorithms are checked in every call.

@@ -347,15 +347,12 @@ class RayGroup(Generic[W]):
         release: Callable[[bool], None],
     ) -> None:
         self.role = role
-        self.size = len(hosts)
-        self._hosts = hosts
+        self._take(hosts, built)
         self._collective = collective
         self._timeout_s = timeout_s
         self._recorder = recorder
         self._release: Callable[[bool], None] | None = release
         self._under_way: set[int] = set()
-        self._built = built
-        self._processes = [call.process for call in built]
         self.ready: Pending[None] = self._pending(built, lambda _: None, iteration=recorder.iteration)
 
     def split(
@@ -413,12 +410,28 @@ class RayGroup(Generic[W]):
             release=lambda idle: None,
         )
 
+    def join(self, newcomers: RayGroup[W]) -> None:
+        """Takes in the workers of another group, which were made with the ranks after this one's; that one is empty."""
+        self._take([*self._hosts, *newcomers._hosts], [*self._built, *newcomers._built])
+        newcomers._take([], [])
+        newcomers._release = None
+
+    def leave(self, workers: int) -> None:
+        """Lets go of all but the first workers, which have nothing to do; whoever placed them ends them."""
+        self._take(self._hosts[:workers], self._built[:workers])
+
     def close(self) -> None:
         release, self._release = self._release, None
         if release is not None:
             release(not self._under_way)
             for number in self._under_way:
                 self._recorder.finish(number)
+
+    def _take(self, hosts: Hosts, built: Sequence[Call]) -> None:
+        self.size = len(hosts)
+        self._hosts = hosts
+        self._built = built
+        self._processes = [call.process for call in built]
 
     def _store(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with each batch put into the object store, once for all workers."""

@@ -10,6 +10,7 @@ with Cluster(None, strategy="PACK", start_timeout_s=300, call_timeout_s=3600, re
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -22,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import psutil
 import ray
@@ -72,6 +73,8 @@ _LAG_S = 1.0
 _LAG_STEP_S = 0.05
 # How long Ray may try bundles that by our own packing have no room on the nodes, even if all of them were free.
 _DOUBTFUL_S = 3.0
+_NEW_ROOM_S = 1.0
+_POLL_S = 0.02
 # What workers take over from the driver's environment. Never a secret: these values can be read in Ray's own logs.
 _PASSED_ON = (
     "HF_HOME",
@@ -120,6 +123,7 @@ class _Seat:
     room: Share
     host: Any = None
     process: Any = None
+    found: Any = None
     env: Mapping[str, str] = field(default_factory=dict)
     reuse: str | None = None
 
@@ -162,8 +166,7 @@ class _Connection:
 
     def reserve(self, shares: list[Share], strategy: str, timeout_s: float) -> PlacementGroup | None:
         """One placement group with a bundle for each share; None when it did not come about in time."""
-        group = placement_group([share.bundle() for share in shares], strategy=strategy)
-        self._reserved[group] = shares
+        group = self.ask(shares, strategy)
         placed = False
         try:
             placed = group.wait(timeout_s)
@@ -172,6 +175,12 @@ class _Connection:
                 self._reserved.pop(group)
                 remove_placement_group(group)
         return group if placed else None
+
+    def ask(self, shares: list[Share], strategy: str) -> PlacementGroup:
+        """Asks for a placement group with a bundle for each share, which comes about once there is room for it."""
+        group = placement_group([share.bundle() for share in shares], strategy=strategy)
+        self._reserved[group] = shares
+        return group
 
     def release(self, group: PlacementGroup) -> None:
         self._reserved.pop(group, None)
@@ -420,7 +429,8 @@ class Placement:
         self._call_timeout_s = call_timeout_s
         self._recorder = recorder
         self._groups: list[RayGroup[Any]] = []
-        self._asked: dict[str, list[Call]] = {}
+        self._recipes: dict[str, tuple[RayGroup[Any], ray.ObjectRef[bytes]]] = {}
+        self._growths: list[Growth[Any]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -440,8 +450,7 @@ class Placement:
 
     def nodes(self, role: str) -> list[str]:
         """The id of each worker's node, in rank order."""
-        tables = {seat.group: placement_group_table(seat.group)["bundles_to_node_id"] for seat in self._seats[role]}
-        return [str(tables[seat.group][seat.bundle]) for seat in self._seats[role]]
+        return _nodes(self._seats[role])
 
     def start(
         self, role: str, worker_class: Callable[Concatenate[Place, P], W], /, *args: P.args, **kwargs: P.kwargs
@@ -450,28 +459,13 @@ class Placement:
 
         Wait for `group.ready` (of all groups together) to know that they are made.
         """
-        request = self._requests[role]
-        seats = [self._seated(seat, request, rank) for rank, seat in enumerate(self._seats[role])]
-        self._seats[role] = seats
+        seats = self._seats[role]
         recipe = ray.put(cloudpickle.dumps((worker_class, args, kwargs)))
-        address = seats[0].host.meet.remote() if request.rendezvous else None
-        local = local_ranks(self.nodes(role)) if request.rendezvous else [(0, 1)] * len(seats)
-        self._asked[role] = self._calls(role, seats, [seat.host.where.remote() for seat in seats])
-        replies = [
-            seat.host.build.remote(Place(role, rank, len(seats)), recipe, address, local[rank], sys.path)
-            for rank, seat in enumerate(seats)
-        ]
-        built = self._calls(role, seats, replies)
-        group: RayGroup[W] = RayGroup(
-            role,
-            [seat.host for seat in seats],
-            collective=request.rendezvous,
-            timeout_s=self._call_timeout_s,
-            recorder=self._recorder,
-            built=built,
-            release=lambda idle: self._finish(seats, idle=idle),
+        group: RayGroup[W] = self._build(
+            role, seats, recipe, first_rank=0, release=lambda idle: self._finish(seats, idle=idle)
         )
         self._groups.append(group)
+        self._recipes[role] = group, recipe
         return group
 
     def verify(self) -> list[str]:
@@ -483,21 +477,7 @@ class Placement:
             PlacementError: a worker is on another node or GPU than it was placed on; names role, rank, got, wanted.
             WorkerError: a process did not come up.
         """
-        calls = [call for asked in self._asked.values() for call in asked]
-        found = {(call.role, call.rank): reply.value for call, reply in zip(calls, wait(calls), strict=True)}
-        seats = [
-            Seat(
-                role=role,
-                rank=rank,
-                share=seat.share,
-                ranks_meet=self._requests[role].rendezvous,
-                bundle=(seat.group.id.hex(), seat.bundle),
-                node=node,
-                found=found[role, rank],
-            )
-            for role in self._asked
-            for rank, (seat, node) in enumerate(zip(self._seats[role], self.nodes(role), strict=True))
-        ]
+        seats = self._whereabouts({})
         check_seats(seats)
         now = time.time()
         number = self._recorder.begin(DRIVER, "verify places")
@@ -506,9 +486,45 @@ class Placement:
         )
         return [f"{seat.role} {seat.rank}: {seat.found.text}" for seat in seats]
 
+    def fixed(self, role: str) -> str:
+        """Why the number of a started role's workers cannot change; empty where it can."""
+        if self._requests[role].reuse is None:
+            return "its workers share their bundles with other roles (colocate_with), or sleep by turns with them"
+        return ""
+
+    def grow(self, role: str, workers: int) -> Growth[Any]:
+        """Asks for room for further workers of a started role with `reuse`; each gets the share of its siblings.
+
+        Returns at once. They are made as the others were; a Ray of our own is asked only for the room that it has.
+        """
+        request, share, connection = self._requests[role], self.share(role), self._connection
+        assert not self.fixed(role), self.fixed(role)
+        taken = connection.take(replace(request, workers=workers, cpus=share.cpus, gpus=share.gpus))
+        wanted = workers - len(taken)
+        while connection.idle and _room_for(share, connection.capacity()) < wanted:
+            connection.evict()
+        asked = min(wanted, _room_for(share, connection.capacity())) if connection.ours else wanted
+        asked_for = [_Seat(connection.ask([share], "PACK"), 0, share, share) for _ in range(asked)]
+        growth: Growth[Any] = Growth(
+            self, role, ready=taken, asked=asked_for, lacking=wanted - asked, deadline_s=self._start_timeout_s
+        )
+        self._growths.append(growth)
+        return growth
+
+    def shrink(self, role: str, workers: int) -> None:
+        """Ends all but the first workers of a role with `reuse`, which have nothing to do; gives their room back."""
+        seats = self._seats[role]
+        leaving = seats[workers:]
+        assert workers > 0, f"{role}: nobody would be left"
+        self._recipes[role][0].leave(workers)
+        del seats[workers:]
+        self._dismiss(leaving, idle=True)
+
     def close(self) -> None:
         """Ends the groups and gives the room back; may be called again."""
         try:
+            for growth in self._growths:
+                growth.close()
             for group in self._groups:
                 group.close()
         finally:
@@ -518,8 +534,38 @@ class Placement:
                 self._connection.release(room)
             self._seats = {role: [] for role in self._seats}
 
-    def _calls(self, role: str, seats: Sequence[_Seat], replies: Sequence[Any]) -> list[Call]:
-        """The calls with which the role's workers start."""
+    def _build(
+        self,
+        role: str,
+        seats: list[_Seat],
+        recipe: ray.ObjectRef[bytes],
+        *,
+        first_rank: int,
+        release: Callable[[bool], None],
+    ) -> RayGroup[Any]:
+        """Starts a worker on each seat."""
+        request = self._requests[role]
+        seats[:] = [self._seated(seat, request) for seat in seats]
+        address = seats[0].host.meet.remote() if request.rendezvous else None
+        local = local_ranks(_nodes(seats)) if request.rendezvous else [(0, 1)] * len(seats)
+        replies = [
+            seat.host.build.remote(
+                Place(role, first_rank + index, first_rank + len(seats)), recipe, address, local[index], sys.path
+            )
+            for index, seat in enumerate(seats)
+        ]
+        return RayGroup(
+            role,
+            [seat.host for seat in seats],
+            collective=request.rendezvous,
+            timeout_s=self._call_timeout_s,
+            recorder=self._recorder,
+            built=self._starting(role, seats, replies, first_rank=first_rank),
+            release=release,
+        )
+
+    def _starting(self, role: str, seats: Sequence[_Seat], replies: Sequence[Any], *, first_rank: int) -> list[Call]:
+        """The calls with which workers start."""
         return [
             Call(
                 reply=reply,
@@ -530,10 +576,33 @@ class Placement:
                 setting="placement.start_timeout_s",
                 process=seat.process,
             )
-            for rank, (seat, reply) in enumerate(zip(seats, replies, strict=True))
+            for rank, (seat, reply) in enumerate(zip(seats, replies, strict=True), start=first_rank)
         ]
 
-    def _seated(self, seat: _Seat, request: RoleRequest, rank: int) -> _Seat:
+    def _whereabouts(self, newcomers: Mapping[str, Sequence[_Seat]]) -> list[Seat]:
+        """Where the workers of all started roles are, and those that are about to join them."""
+        places = {role: [*self._seats[role], *newcomers.get(role, ())] for role in self._recipes}
+        calls = [
+            call
+            for role, seats in places.items()
+            for call in self._starting(role, seats, [seat.found for seat in seats], first_rank=0)
+        ]
+        found = {(call.role, call.rank): reply.value for call, reply in zip(calls, wait(calls), strict=True)}
+        return [
+            Seat(
+                role=role,
+                rank=rank,
+                share=seat.share,
+                ranks_meet=self._requests[role].rendezvous,
+                bundle=(seat.group.id.hex(), seat.bundle),
+                node=node,
+                found=found[role, rank],
+            )
+            for role, seats in places.items()
+            for rank, (seat, node) in enumerate(zip(seats, _nodes(seats), strict=True))
+        ]
+
+    def _seated(self, seat: _Seat, request: RoleRequest) -> _Seat:
         if seat.host is not None:
             return seat
         env = worker_environment(seat.share, request.env)
@@ -553,12 +622,21 @@ class Placement:
             )
             .remote()
         )
-        return replace(seat, host=host, process=host.process.remote(), env=env, reuse=request.reuse)
+        return replace(
+            seat, host=host, process=host.process.remote(), found=host.where.remote(), env=env, reuse=request.reuse
+        )
+
+    def _dismiss(self, seats: Sequence[_Seat], *, idle: bool) -> None:
+        """Lets the workers close, ends their hosts, and gives the room back."""
+        started = [seat for seat in seats if seat.host is not None]
+        _drop(started, timeout_s=_CLOSE_IDLE_S if idle else _CLOSE_BUSY_S)
+        _end(started)
+        for seat in seats:
+            self._connection.release(seat.group)
 
     def _finish(self, seats: Sequence[_Seat], *, idle: bool) -> None:
         """Lets the workers close, keeps the hosts that are to be used again, ends the others."""
-        drops = [seat.host.drop.remote() for seat in seats]
-        ray.wait(drops, num_returns=len(drops), timeout=_CLOSE_IDLE_S if idle else _CLOSE_BUSY_S)
+        drops = _drop(seats, timeout_s=_CLOSE_IDLE_S if idle else _CLOSE_BUSY_S)
         ended = []
         for seat, drop in zip(seats, drops, strict=True):
             if seat.reuse is not None and _succeeded(drop):
@@ -566,6 +644,138 @@ class Placement:
             else:
                 ended.append(seat)
         _end(ended)
+
+
+class Growth(Generic[W]):
+    """Further workers of a role, on their way into its group; made by `Placement.grow`.
+
+        growth.build()      # starts those for which there is room by now
+        growth.join()       # waits until they are made; from here on they are the group's
+
+    Args:
+        placement: the role's.
+        role: of the workers.
+        ready: hosts of an earlier group.
+        asked: seats whose room may have to come.
+        lacking: workers for which there is no room.
+        deadline_s: how long room is waited for.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        role: str,
+        *,
+        ready: list[_Seat],
+        asked: list[_Seat],
+        lacking: int,
+        deadline_s: float,
+    ) -> None:
+        self._placement = placement
+        self._role = role
+        self._ready = ready
+        self._asked = asked
+        self._lacking = lacking
+        self._deadline_s = deadline_s
+        self._deadline = time.monotonic() + deadline_s
+        self._building: tuple[RayGroup[W], list[_Seat]] | None = None
+
+    @property
+    def missing(self) -> int:
+        """Workers for which there is no room so far."""
+        return len(self._asked) + self._lacking
+
+    @property
+    def waits(self) -> bool:
+        """Whether more workers may come: some are being made, or their room is waited for."""
+        return self._building is not None or bool(self._asked and time.monotonic() < self._deadline)
+
+    def shortage(self) -> str:
+        """What is wanted, what is free, and until when it is waited for, in words."""
+        share, capacity = self._placement.share(self._role), self._placement._connection.capacity()
+        needs = count(share.cpus, "CPU") + (f" and {count(share.gpus, 'GPU')}" if share.gpus else "")
+        free = f"{capacity.free_cpus:g} of {count(capacity.cpus, 'CPU')}"
+        free += f" and {capacity.free_gpus:g} of {count(capacity.gpus, 'GPU')}" if share.gpus else ""
+        text = f"no room for {self.missing} more: each needs {needs}; {free} are free"
+        if not self._asked:
+            return text
+        return f"{text}; room {'is' if self.waits else 'was'} waited for, {self._deadline_s:g} s at most"
+
+    def build(self) -> None:
+        """Starts the workers for which there is room; without effect while earlier ones are being made."""
+        if self._building is not None:
+            return
+        deadline = time.monotonic() + _NEW_ROOM_S
+        while self._asked:
+            placed = [seat for seat in self._asked if _is_placed(seat.group)]
+            self._asked = [seat for seat in self._asked if seat not in placed]
+            self._ready += placed
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        if self._ready:
+            seats, self._ready = self._ready, []
+            siblings, recipe = self._placement._recipes[self._role]
+            group = self._placement._build(
+                self._role,
+                seats,
+                recipe,
+                first_rank=siblings.size,
+                release=lambda idle: self._placement._dismiss(seats, idle=idle),
+            )
+            self._building = group, seats
+
+    def join(self) -> None:
+        """Waits until the workers that were started are made, and puts them into the group.
+
+        Raises:
+            WorkerError: one could not be made; those started with it are ended, the group is as it was.
+            RlhfRayError: the error of this package that it raised.
+        """
+        if self._building is None:
+            return
+        (group, seats), self._building = self._building, None
+        try:
+            group.ready.result()
+            check_seats(self._placement._whereabouts({self._role: seats}))
+        except BaseException:
+            group.close()
+            raise
+        self._placement._recipes[self._role][0].join(group)
+        self._placement._seats[self._role].extend(seats)
+
+    def close(self) -> None:
+        """Ends what is on its way, and gives its room back; may be called again."""
+        building, self._building = self._building, None
+        if building is not None:
+            building[0].close()
+        seats, self._ready, self._asked = [*self._ready, *self._asked], [], []
+        self._placement._dismiss(seats, idle=True)
+
+
+def _nodes(seats: Sequence[_Seat]) -> list[str]:
+    """The id of the node of each seat's bundle."""
+    tables = {seat.group: placement_group_table(seat.group)["bundles_to_node_id"] for seat in seats}
+    return [str(tables[seat.group][seat.bundle]) for seat in seats]
+
+
+def _is_placed(group: PlacementGroup) -> bool:
+    # `PlacementGroup.wait` counts in whole seconds.
+    return bool(placement_group_table(group)["state"] == "CREATED")
+
+
+def _room_for(share: Share, capacity: Capacity) -> int:
+    """How many such workers the free cores and GPUs are enough for."""
+    needs = ((share.cpus, capacity.free_cpus), (share.gpus, capacity.free_gpus))
+    return max(0, min((math.floor(free / need + 1e-6) for need, free in needs if need), default=sys.maxsize))
+
+
+def _drop(seats: Sequence[_Seat], *, timeout_s: float) -> list[ray.ObjectRef[None]]:
+    """Lets the workers close; the replies, which are waited for until the time is over."""
+    drops = [seat.host.drop.remote() for seat in seats]
+    if drops:
+        ray.wait(drops, num_returns=len(drops), timeout=timeout_s)
+    return drops
 
 
 def _succeeded(reply: ray.ObjectRef[None]) -> bool:

@@ -12,6 +12,7 @@ from rlhf_ray.stages.actors import Actors, generator_request, learner_request, r
 from rlhf_ray.stages.site import LearnerParts, Site
 from rlhf_ray.trainers.ppo import KlController, PpoGroups, optimizer_steps, train_ppo
 from rlhf_ray.trainers.sampling import SampleStream
+from rlhf_ray.trainers.scaling import Scaling
 from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.learner import Learner
@@ -43,7 +44,16 @@ def run_ppo(site: Site, stage: schema.Ppo) -> None:
         samples = SampleStream(stage, groups.generator, data.train)
         turns.learning()
         run.start_or_resume(LearnerParts(learners, kl, samples=samples, turns=turns))
-        train_ppo(stage, groups, samples, data.held_out, weights, turns, kl, run)
+        with Scaling(
+            site.folder.path,
+            stage.name,
+            groups.generator,
+            placement,
+            message=run.message,
+            done=run.iteration,
+            total=run.total,
+        ) as scaling:
+            train_ppo(stage, groups, samples, data.held_out, weights, turns, kl, scaling, run)
         run.finish()
 
 

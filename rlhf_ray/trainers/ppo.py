@@ -33,6 +33,7 @@ from rlhf_ray.trainers.metrics import experience_metrics, prefixed, rollout_metr
 from rlhf_ray.trainers.reference import reference_logprobs
 from rlhf_ray.trainers.run import StageRun
 from rlhf_ray.trainers.sampling import Piece, SampleStream
+from rlhf_ray.trainers.scaling import Scaling
 from rlhf_ray.trainers.turns import GpuTurns
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Generator
@@ -68,6 +69,7 @@ def train_ppo(
     weights: WeightSync,
     turns: GpuTurns,
     kl: KlController,
+    scaling: Scaling,
     run: StageRun,
 ) -> None:
     """Runs the iterations that are left, each ending with synced, attested weights."""
@@ -75,6 +77,7 @@ def train_ppo(
     if run.iteration == 0:
         run.record(evaluate(config, groups, held_out, run, iteration=0))
     for iteration in run.remaining():
+        scaling.begin(iteration)
         asked = [judge(config, groups, piece) for piece in turns.sampled(samples.pieces(iteration))]  # y ~ pi(.|x)
         rollouts, parts, reference, old, values = gather_judgements(groups, asked)
         scores = weighted_sum(config.reward, parts)
@@ -88,7 +91,9 @@ def train_ppo(
         metrics["generator/policy_version_lag"] = float((own - rollouts.oldest_versions()).max())
         if summary.kl_per_sequence is not None:
             kl.update(float(summary.kl_per_sequence.mean()), len(rollouts))
+        metrics["generator/workers"] = float(groups.generator.size)
         samples.wait()
+        scaling.settle(samples, weights)
         metrics |= losses | weights.sync(version=iteration, interrupted=samples.interrupted)
         metrics |= worker_metrics(memory_asked(groups), groups.rewards)
         metrics = {name: value for name, value in metrics.items() if not name.startswith(unmeasured(config))}

@@ -50,11 +50,13 @@ class _Chunk:
         rank: of the generator.
         first_row: place in the batch of the generator's first row.
         count: of the samples.
+        part: 0 of what the generator was given at first, another number of what it took over.
     """
 
     rank: int
     first_row: int
     count: int
+    part: int = 0
 
 
 @dataclass
@@ -66,21 +68,29 @@ class _Batch:
         asked: the chunks that are on their way.
         left: the chunks that nobody has asked for, each generator's in order.
         streams: whether chunks are judged one by one.
+        samples: how many the batch has.
+        parts: how many times generators were given something of it.
     """
 
     started: Pending[None]
     asked: list[tuple[_Chunk, Pending[Finished]]]
     left: list[_Chunk]
     streams: bool
+    samples: int
+    parts: int = 1
 
     def pieces(self) -> Iterator[Piece]:
         """Chunks as they finish; a single piece in the order of the rows where they are not judged one by one."""
         if not self.streams:
             yield self.whole()
             return
+        given = []
         for number, finished in arrivals(self.started, *(pending for _, pending in self.asked)):
             if finished is not None:
-                yield _piece(self.asked[number - 1][0], finished)
+                piece = _piece(self.asked[number - 1][0], finished)
+                given.append(piece.rows)
+                yield piece
+        self._check_ledger(given)
 
     def wait(self) -> None:
         """Returns when all that was asked for is there."""
@@ -90,8 +100,14 @@ class _Batch:
         """All rows, in their order."""
         self.wait()
         pieces = [_piece(chunk, pending.result()) for chunk, pending in self.asked]
+        self._check_ledger([piece.rows for piece in pieces])
         rows, order = torch.cat([piece.rows for piece in pieces]).sort()
         return Piece(rows, Rollouts.concat([piece.rollouts for piece in pieces]).select(order.tolist()))
+
+    def _check_ledger(self, given: list[SequenceInt]) -> None:
+        """Each sample of the batch is given once, whoever came or left meanwhile."""
+        rows = torch.cat(given).sort().values
+        assert torch.equal(rows, torch.arange(self.samples)), f"of {self.samples} samples these came: {rows.tolist()}"
 
 
 class SampleStream:
@@ -134,6 +150,46 @@ class SampleStream:
         for batch in self._under_way.values():
             batch.wait()
 
+    def hand_back(self, stay: int) -> int:
+        """Takes from all but the first `stay` generators what they have; the others begin their unfinished rows anew.
+
+        Returns when nothing that was asked for is being sampled; afterwards the generators may go.
+
+        Returns:
+            how many responses begin anew: with the same seeds, and with the weights that their new generators hold.
+        """
+        self.wait()
+        moved = 0
+        for iteration, batch in self._under_way.items():
+            leaving = [chunk for chunk in batch.left if chunk.rank >= stay]
+            batch.left = [chunk for chunk in batch.left if chunk.rank < stay]
+            unfinished: list[int] = []
+            for rank, part, first_row in dict.fromkeys((chunk.rank, chunk.part, chunk.first_row) for chunk in leaving):
+                count = sum(chunk.count for chunk in leaving if (chunk.rank, chunk.part) == (rank, part))
+                rows = self._generator.one(rank, Generator.unfinished, iteration=iteration, part=part).result()
+                unfinished += [first_row + row for row in rows]
+                if len(rows) < count:
+                    batch.asked.append(self._call(iteration, _Chunk(rank, first_row, count - len(rows), part)))
+            if unfinished:
+                self._start_anew(iteration, batch, sorted(unfinished), stay)
+            moved += len(unfinished)
+        self.wait()
+        return moved
+
+    def _start_anew(self, iteration: int, batch: _Batch, rows: list[int], generators: int) -> None:
+        """Spreads these rows of a batch over the first generators."""
+        prompts, sampling = self._prompts_of(iteration), self._config.sampling
+        own = [rows[share.start : share.stop] for share in shares(len(rows), generators) if share]
+        part, batch.parts = batch.parts, batch.parts + 1
+        calls = [
+            self._generator.one(
+                rank, Generator.start, prompts, sampling, iteration=iteration, part=part, rows=own[rank]
+            )
+            for rank in range(len(own))
+        ]
+        gather(*calls)
+        batch.left += [_Chunk(rank, 0, len(own[rank]), part) for rank in range(len(own))]
+
     def save(self, folder: Path) -> None:
         """Writes the batches that were sampled ahead, and completes the one under way for that."""
         for iteration in sorted(self._under_way):
@@ -167,7 +223,7 @@ class SampleStream:
             for rank, share in enumerate(shares(len(prompts), self._generator.size))
         ]
         streams = any(len(own) > 1 for own in chunks)
-        return _Batch(started, [], [chunk for own in chunks for chunk in own], streams)
+        return _Batch(started, [], [chunk for own in chunks for chunk in own], streams, len(prompts) * each)
 
     def _ask(self, iteration: int, *, all_of_it: bool) -> None:
         """Asks for what is left of a batch, or for each generator's first chunk."""
@@ -177,9 +233,13 @@ class SampleStream:
         ranks = [chunk.rank for chunk in batch.left]
         now = [chunk for at, chunk in enumerate(batch.left) if all_of_it or chunk.rank not in ranks[:at]]
         batch.left = [chunk for chunk in batch.left if chunk not in now]
-        for chunk in now:
-            call = self._generator.one(chunk.rank, Generator.next_finished, iteration=iteration, count=chunk.count)
-            batch.asked.append((chunk, call))
+        batch.asked += [self._call(iteration, chunk) for chunk in now]
+
+    def _call(self, iteration: int, chunk: _Chunk) -> tuple[_Chunk, Pending[Finished]]:
+        call = self._generator.one(
+            chunk.rank, Generator.next_finished, iteration=iteration, count=chunk.count, part=chunk.part
+        )
+        return chunk, call
 
 
 def chunk_sizes(config: schema.Ppo, rows: int) -> list[int]:

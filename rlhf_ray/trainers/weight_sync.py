@@ -126,6 +126,10 @@ class WeightSync:
         self._spec = spec
         return sent[0]
 
+    def receivers_changed(self) -> None:
+        """To be told when the group of generators has others than before; the next sync meets them all."""
+        self._spec = None
+
     def check_rollouts(self, rollouts: Rollouts, logprobs: TokenFloat, *, version: int) -> dict[str, float]:
         """Compares the samples' log-probabilities with the learner's [B, T] of `version` of the weights.
 

@@ -105,7 +105,8 @@ class Generator:
         self._tokenizer = load_tokenizer(tokenizer)
         self._ends = load_eos_token_ids(model, revision, self._tokenizer)
         self.version = 0
-        self._started: dict[int, _Started] = {}
+        # By iteration and part of it.
+        self._started: dict[tuple[int, int], _Started] = {}
         # Ended and not given yet, by the engine's numbers, in the order of ending.
         self._ended: dict[int, Sample] = {}
         engine = VllmEngine if config.engine == "vllm" else HfEngine
@@ -133,35 +134,60 @@ class Generator:
         each, seeds = self._requests(prompts, sampling, iteration)
         return self._rollouts(each, self.engine.generate(each.token_ids, sampling, seeds=seeds))
 
-    def start(self, prompts: Prompts, sampling: schema.Sampling, *, iteration: int) -> None:
+    def start(
+        self,
+        prompts: Prompts,
+        sampling: schema.Sampling,
+        *,
+        iteration: int,
+        part: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> None:
         """Queues the same responses; `next_finished` generates them, beside those of other iterations.
+
+        Args:
+            prompts: what is sampled from.
+            sampling: how.
+            iteration: whose seeds the responses have.
+            part: tells apart what one generator is given of an iteration at several times.
+            rows: the places of those that are wanted among all responses to the prompts; None: all of them.
 
         Raises:
             ConfigError: a prompt is longer than the engine was made for.
         """
         fault("generate", role=self.place.role, rank=self.place.rank, iteration=iteration)
-        assert iteration not in self._started, f"iteration {iteration} is being generated"
+        assert (iteration, part) not in self._started, f"part {part} of iteration {iteration} is being generated"
         each, seeds = self._requests(prompts, sampling, iteration)
-        numbers = self.engine.start(each.token_ids, sampling, seeds=seeds)
-        self._started[iteration] = _Started(each, {number: row for row, number in enumerate(numbers)})
+        wanted = list(range(len(seeds)) if rows is None else rows)
+        numbers = self.engine.start(
+            [each.token_ids[row] for row in wanted], sampling, seeds=[seeds[row] for row in wanted]
+        )
+        self._started[iteration, part] = _Started(each, dict(zip(numbers, wanted, strict=True)))
 
-    def next_finished(self, iteration: int, count: int) -> Finished:
+    def next_finished(self, iteration: int, count: int, part: int = 0) -> Finished:
         """The next `count` responses of the iteration in the order of ending, by row where several end in one step.
 
-        All that are left where these are fewer; the iteration is over when the last is given.
+        All that are left where these are fewer; the part of the iteration is over when the last is given.
         """
         self._check_awake()
-        assert iteration in self._started, f"iteration {iteration} was not started, or is over"
-        started = self._started[iteration]
+        started = self._under_way(iteration, part)
         wanted = min(count, len(started.rows))
         while len(ended := [number for number in self._ended if number in started.rows]) < wanted:
             self._ended.update(self.engine.step())
         numbers = ended[:wanted]
         rows = [started.rows.pop(number) for number in numbers]
         if not started.rows:
-            del self._started[iteration]
+            del self._started[iteration, part]
         samples = [self._ended.pop(number) for number in numbers]
         return Finished(torch.tensor(rows, dtype=torch.long), self._rollouts(started.prompts.select(rows), samples))
+
+    def unfinished(self, iteration: int, part: int = 0) -> list[int]:
+        """The places of the responses that have not ended; no step is taken for it."""
+        return [row for number, row in self._under_way(iteration, part).rows.items() if number not in self._ended]
+
+    def _under_way(self, iteration: int, part: int) -> _Started:
+        assert (iteration, part) in self._started, f"iteration {iteration} was not started, or is over"
+        return self._started[iteration, part]
 
     def _requests(self, prompts: Prompts, sampling: schema.Sampling, iteration: int) -> tuple[Prompts, list[int]]:
         """Each response's prompt and seed."""

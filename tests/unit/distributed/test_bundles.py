@@ -103,7 +103,7 @@ def test_cores_are_shared_so_that_the_bundles_pack() -> None:
     assert shares.workers["rule"] == Share(0.5, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     workers=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     hosts=st.integers(4, 6),

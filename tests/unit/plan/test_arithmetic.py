@@ -79,7 +79,7 @@ def ppo_stages(draw: st.DrawFn) -> schema.Ppo:
     return stage
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(stage=ppo_stages(), rows=st.integers(1, 200))
 def test_ppo_is_what_the_learners_and_generators_cut(stage: schema.Ppo, rows: int) -> None:
     found = arithmetic(stage, rows, gpus=0.0)
@@ -119,7 +119,7 @@ def supervised_stages(draw: st.DrawFn) -> Any:
     return stage_of(made | length | {"batch_size": draw(st.integers(4, 40))})
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(stage=supervised_stages(), rows=st.integers(1, 120))
 def test_supervised_stages_and_dpo_are_what_the_stream_gives(stage: Any, rows: int) -> None:
     found = arithmetic(stage, rows, gpus=0.0)
@@ -131,7 +131,7 @@ def test_supervised_stages_and_dpo_are_what_the_stream_gives(stage: Any, rows: i
     assert found.passes == pytest.approx(sum(map(len, drawn)) / rows)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.integers(1, 90),
     prompts=st.one_of(st.none(), st.integers(1, 200)),
@@ -162,7 +162,7 @@ def test_collect_is_what_is_sampled(rows: int, prompts: int | None, size: int) -
     assert counts(sizes) == {found.batch: len(sizes) - sum(found.last_batches.values())} | found.last_batches
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     stage=supervised_stages(),
     lengths=st.lists(st.integers(1, 50), min_size=4, max_size=40),

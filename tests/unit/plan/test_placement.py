@@ -137,7 +137,7 @@ requests_of_roles = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     requests=requests_of_roles,
     nodes=st.integers(1, 4),

@@ -41,6 +41,9 @@ class FakePlacement:
     def share(self, role: str) -> FakePlacement:
         return self
 
+    def room(self, role: str) -> FakePlacement:
+        return self
+
     def start(self, role: str, worker: type[Any], **arguments: Any) -> FakeGroup:
         self.events.append(f"{role} started")
         return FakeGroup(role, self.events)

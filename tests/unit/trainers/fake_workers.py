@@ -18,6 +18,7 @@ from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.ppo import PpoGroups
 from rlhf_ray.trainers.run import RunFolder, StageRun
 from rlhf_ray.trainers.sampling import SampleStream
+from rlhf_ray.trainers.scaling import Scaling
 from rlhf_ray.trainers.view import PlainView
 from rlhf_ray.workers.generator import Finished
 from rlhf_ray.workers.learner import Values
@@ -163,7 +164,7 @@ class FakeGenerator:
         rollouts = self.generate(prompts, sampling, iteration=iteration)
         self.started[iteration] = list(reversed(range(len(rollouts)))), rollouts
 
-    def next_finished(self, iteration: int, count: int) -> Finished:
+    def next_finished(self, iteration: int, count: int, part: int = 0) -> Finished:
         rows, rollouts = self.started[iteration]
         given, rows[:] = rows[:count], rows[count:]
         rollouts.policy_versions[given, -1] = self.version
@@ -284,3 +285,9 @@ def stage_run(folder: RunFolder, config: schema.Stage, *, total: int, recorder: 
     unit = "iteration" if config.method == "ppo" else "step"
     view = PlainView(config.name, total, recorder, unit=unit, out=io.StringIO())  # type: ignore[arg-type]
     return StageRun(folder, config, total=total, seed=1, tracking=schema.Tracking(), recorder=recorder, view=view)
+
+
+def no_wishes(run: StageRun, generator: Any) -> Scaling:
+    """Scaling that nobody asks for, so that there is nowhere to place workers."""
+    nowhere: Any = None
+    return Scaling(run.folder, "ppo", generator, nowhere, message=run.message, done=run.iteration, total=run.total)

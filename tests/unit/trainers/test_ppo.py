@@ -38,6 +38,7 @@ from tests.unit.trainers.fake_workers import (
     FakePrompts,
     FakeSync,
     make_rollouts,
+    no_wishes,
     ppo_groups,
     ppo_settings,
     stage_run,
@@ -426,7 +427,8 @@ class Stage:
         with RunFolder.open(self.run_dir) if resume else RunFolder.create(self.run_dir, {"config.yaml": ""}) as folder:
             with stage_run(folder, self.config, total=self.config.iterations, recorder=recorder) as run:
                 run.start_or_resume(FakeParts(self.policy, kl, samples))
-                train_ppo(self.config, groups, samples, fakes[1], sync, GpuTurns(), kl, run)
+                scaling = no_wishes(run, groups.generator)
+                train_ppo(self.config, groups, samples, fakes[1], sync, GpuTurns(), kl, scaling, run)
         return self.events
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -468,6 +470,7 @@ def test_the_order_of_events(tmp_path: Path) -> None:
         assert row["kl/coefficient"] == 0.01
         assert row["generator/logprob_diff_mean"] == pytest.approx(0.25)
         assert row["sync/bytes"] == 8
+        assert row["generator/workers"] == 1
         assert row["correction/weight_mean"] == 1
         peaks = {"policy": 1.5, "critic": 1.5, "reference": 0.5, "generator": 2.5, "reward/function": 0.25}
         assert {role: row[f"{role}/peak_memory_gib"] for role in peaks} == peaks

@@ -21,6 +21,7 @@ from tests.unit.trainers.fake_workers import (
     FakePrompts,
     FakeReference,
     FakeScorer,
+    no_wishes,
     ppo_settings,
     stage_run,
 )
@@ -115,7 +116,8 @@ def train(folder: Path, *, sleep: bool, offload: bool) -> tuple[Events, list[str
         with stage_run(opened, config, total=2) as run:
             turns.learning()
             run.start_or_resume(LearnerParts(learners, FixedKlController(0.1), samples=samples, turns=turns))
-            train_ppo(config, groups, samples, prompts, sync, turns, FixedKlController(0.1), run)
+            scaling = no_wishes(run, groups.generator)
+            train_ppo(config, groups, samples, prompts, sync, turns, FixedKlController(0.1), scaling, run)
             run.finish()
     return events, [event[0] for event in events]
 

@@ -148,6 +148,24 @@ def test_parts_are_of_the_order_of_ending_and_no_step_is_taken_too_many(llama: s
     assert [row for part in parts for [row] in responses(part.rollouts)] == [4, 1, 2, 5, 0, 3]
 
 
+def test_what_has_not_ended_is_told_without_a_step_and_can_be_taken_over(llama: str) -> None:
+    leaving, engine = make_generator(llama), SteppedEngine([[], [4], [1, 2, 5]])
+    leaving.engine = engine  # type: ignore[assignment]
+    leaving.start(make_prompts(), SAMPLING, iteration=1)
+    leaving.next_finished(1, 2)
+    assert leaving.unfinished(1) == [0, 3]
+    assert leaving.next_finished(1, 2).rows.tolist() == [2, 5]
+    assert engine.taken == 3
+
+    other, whole = make_generator(llama, rank=1), make_generator(llama).generate(make_prompts(), SAMPLING, iteration=1)
+    other.start(make_prompts(), SAMPLING, iteration=1)
+    other.start(make_prompts(), SAMPLING, iteration=1, part=1, rows=[0, 3])
+    taken_over = other.next_finished(1, 2, part=1)
+    assert taken_over.rows.tolist() == [0, 3]
+    assert responses(taken_over.rollouts) == [responses(whole)[row] for row in (0, 3)]
+    assert responses(other.next_finished(1, 9).rollouts) == responses(whole)
+
+
 def test_weights_are_refused_while_responses_are_generated(llama: str) -> None:
     generator = make_generator(llama)
     generator.start(make_prompts(), SAMPLING, iteration=1)

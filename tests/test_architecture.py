@@ -16,7 +16,10 @@ LAYERS = [
     ("trainers",),
     ("stages", "pipeline", "plan", "inference", "responses"),
     ("bench", "report"),
-    ("cli", "bench_commands", "plan_command", "options", "terminal", "doctor", "submit", "upload", "start", "__main__"),
+    (
+        *("cli", "bench_commands", "plan_command", "options", "terminal", "doctor", "start", "__main__"),
+        *("submit", "order", "upload", "nodes", "kuberay", "slurm"),
+    ),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 OWNERS = {

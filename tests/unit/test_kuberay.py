@@ -70,7 +70,7 @@ def test_whole_nodes_for_workers_that_must_be_apart(tmp_path: Path) -> None:
 
 
 def test_nodes_that_are_too_few(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"two does not fit on 1x2xH100-80: .*\n  it would with 2 such nodes"):
+    with pytest.raises(ConfigError, match=r"two does not fit on 1x2xH100-80: .*\n.*\n  it would with 2 such nodes"):
         nodes_for(pipeline(tmp_path, workers=3), "1x2xH100-80")
 
 
@@ -167,9 +167,8 @@ def test_a_manifest_starts_the_run_where_it_is_applied(
     monkeypatch.setenv(PACKED, variables[PACKED]["value"])
     monkeypatch.setenv("MY_KEY", "sesame")
     volume = project / "volume"
-    words = [
-        word.replace("/runs/", f"{volume}/").replace("/tmp/", f"{project}/") for word in shlex.split(job["entrypoint"])
-    ]
+    words = [re.sub("^/runs/", f"{volume}/", word) for word in shlex.split(job["entrypoint"])]
+    words[words.index("--pid-file") + 1] = str(project / "driver.pid")
     assert words[:3] == ["python", "-m", "rlhf_ray"]
     assert exit_code(*words[3:]) == 0
     ((config, folder, resume),) = runs
@@ -177,7 +176,7 @@ def test_a_manifest_starts_the_run_where_it_is_applied(
     assert config.stages[0].steps == 5  # type: ignore[union-attr]
     assert folder.parent == volume / ".uploads"
     assert config.stages[0].data.train[0].path.startswith("./files/")
-    assert (project / "rlhf-ray.pid").read_text() == f"{os.getpid()}\n"
+    assert (project / "driver.pid").read_text() == f"{os.getpid()}\n"
 
 
 def test_a_script_for_slurm(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

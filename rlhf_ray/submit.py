@@ -44,6 +44,14 @@ Address = Annotated[
     str | None,
     typer.Option(help="Dashboard of the cluster, http://HOST:8265; else RAY_API_SERVER_ADDRESS.", show_default=False),
 ]
+RunOrFolder = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="Id of a submitted run, or its run_dir for the newest; without --address also the folder of a run.",
+        show_default=False,
+    ),
+]
 Run = Annotated[
     str,
     typer.Argument(metavar="RUN", help="Id of a submitted run, or its run_dir for the newest.", show_default=False),
@@ -156,19 +164,29 @@ def submit_command(
                 _print_command(order, address, shared or (), upload_to)
 
 
-def status_command(run: Run, address: Address = None) -> None:
-    """Print a submitted run's state, times and last line of its log."""
+def status_command(run: RunOrFolder, address: Address = None) -> None:
+    """Print a run's state, phase, last progress and slowest worker."""
     with exit_codes():
-        server, job = _find(run, address)
-        lines = server.log(job.id).strip().splitlines()
-        rows = {
-            "run": job.id,
-            "state": job.state if job.exit_code is None else f"{job.state}, exit code {job.exit_code}",
-            "started": _time(job.started_s),
-            "ended": _time(job.ended_s),
-            **{name: job.metadata[name] for name in ("run_dir", "pipeline") if name in job.metadata},
-            "last line": lines[-1] if lines else "",
-        }
+        from rlhf_ray.status import folder_rows, holds_a_run, status_rows
+        from rlhf_ray.trainers.status import read_status
+
+        if address is None and holds_a_run(Path(run)):
+            rows = folder_rows(Path(run))
+        else:
+            server, job = _find(run, address)
+            status = read_status(server.note(job) or "")
+            if status is not None and job.ended_s is not None and status.written_s > job.ended_s + _LEAVE_S:
+                status = None  # a later job of the same run wrote it
+            lines = server.log(job.id).strip().splitlines()
+            rows = {
+                "run": job.id,
+                "state": job.state if job.exit_code is None else f"{job.state}, exit code {job.exit_code}",
+                "started": _time(job.started_s),
+                "ended": _time(job.ended_s),
+                **{name: job.metadata[name] for name in ("run_dir", "pipeline") if name in job.metadata},
+                **({} if status is None else status_rows(status, now=time.time(), running=not job.ended)),
+                "last line": lines[-1] if lines else "",
+            }
         for name, text in rows.items():
             if text:
                 print(f"{name:<10}{text}")
@@ -258,6 +276,10 @@ def run_submitted_command(
             )
         config = config.model_copy(update={"run_dir": str(Path(config.run_dir).expanduser())})
         folder = Path(config.run_dir)
+        from rlhf_ray.distributed.jobs import link_note
+        from rlhf_ray.trainers.status import FILE as STATUS_FILE
+
+        link_note(folder / STATUS_FILE)
         resume = (folder / CONFIG_FILE).is_file()
         if resume:
             _go_on(folder, config)

@@ -18,7 +18,7 @@ LAYERS = [
     ("bench", "report"),
     (
         *("cli", "bench_commands", "plan_command", "options", "terminal", "doctor", "start", "__main__"),
-        *("submit", "order", "upload", "nodes", "kuberay", "slurm"),
+        *("submit", "order", "status", "upload", "nodes", "kuberay", "slurm"),
     ),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

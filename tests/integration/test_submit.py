@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,7 +29,7 @@ TOKEN = "4f" * 32
 SECRET = "sesame-4711"
 DEADLINE_S = 180.0
 # In the second iteration of every run, so that a stop comes in the middle of it.
-PAUSE = "update:policy:0:2:sleep:8"
+PAUSE = "update:policy:0:2:sleep:15"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,15 @@ def write_pipeline(folder: Path, *, run: str, iterations: int) -> Path:
     return file
 
 
+def local_status(run_dir: Path) -> str:
+    """What `rlhf-ray status` says of a folder, without a cluster."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "rlhf_ray", "status", str(run_dir)]
+    said = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert said.returncode == 0, said.stderr
+    return said.stdout
+
+
 def test_submit(tmp_path: Path, head: Head) -> None:
     file = write_pipeline(tmp_path, run="run", iterations=1)
     for token, said in ((None, "wants a token, and there is none here"), ("0" * 64, "refuses the token of RAY_AUTH")):
@@ -155,6 +165,8 @@ def test_submit(tmp_path: Path, head: Head) -> None:
     listed = head.run("list").stdout.splitlines()
     assert [line.split()[1] for line in listed[1:]] == ["FAILED", "SUCCEEDED"]
     assert "FAILED, exit code 2" in head.run("status", str(tmp_path / "run")).stdout
+    first = done.stderr.split("submitted as ")[1].split(";")[0]
+    assert "ppo (stage 1 of 1): iteration 1 of 1 done; done\n" in head.run("status", first).stdout
     known = httpx.get(f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
     assert SECRET not in known.text
     assert TOKEN not in known.text
@@ -171,6 +183,11 @@ def test_a_stopped_run_that_is_submitted_again_is_the_run_that_was_not(tmp_path:
     while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir)) < 2:
         assert time.monotonic() < deadline, head.run("logs", job).stdout
         time.sleep(0.05)
+    for said in (head.run("status", job).stdout, local_status(run_dir)):
+        lines = dict(line.split(maxsplit=1) for line in said.splitlines())
+        assert re.match(r"ppo \(stage 1 of 1\): iteration 1 of 4 done; now ", lines["phase"]), said
+        assert re.match(r"[0-9]+ s ago \| reward 0\.[0-9]+", lines["progress"]), said
+        assert re.match(r"(policy|generator) rank 0: ", lines["slowest"]), said
     ended = head.run("stop", job)
     assert (ended.returncode, ended.stdout) == (0, f"{job}: STOPPED\n")
     said = head.run("logs", job, "--follow")

@@ -19,6 +19,7 @@ from rlhf_ray.trainers.timing import QUESTIONS
 
 FILE = "status.json"
 EVERY_S = 5.0
+_SOONEST_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class StatusFile:
         self._path = path
         self._recorder = recorder
         self._lock = threading.Lock()
+        self._news = threading.Event()
         self._closed = threading.Event()
         self._values: dict[str, Any] = {
             "stage": stage,
@@ -151,6 +153,7 @@ class StatusFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._closed.set()
+        self._news.set()
         self._thread.join(timeout=EVERY_S)
 
     def resume(self, iteration: int) -> None:
@@ -158,9 +161,10 @@ class StatusFile:
         self._values |= {"iteration": iteration}
 
     def iteration(self, iteration: int, metrics: Mapping[str, float], slowest: Slowest | None) -> None:
-        """An iteration has ended; the next write says so."""
+        """An iteration has ended."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._values |= {"iteration": iteration, "progress_s": time.time(), "metrics": finite, "slowest": slowest}
+        self._news.set()
 
     def end(self, outcome: str) -> None:
         """The stage has ended like this."""
@@ -176,5 +180,7 @@ class StatusFile:
             os.replace(partial, self._path)
 
     def _write_until_closed(self) -> None:
-        while not self._closed.wait(EVERY_S):
+        while not self._closed.wait(_SOONEST_S):
+            self._news.wait(EVERY_S)
+            self._news.clear()
             self.write()

@@ -53,8 +53,10 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         assert (first.progress_s, first.slowest, first.outcome) == (None, None, None)
         assert [(call.role, call.method, call.workers) for call in first.active] == [("generator", "generate", 2)]
         file.iteration(3, {"reward/mean": 0.5, "kl/k1": float("nan")}, Slowest("policy", 1, "update", 2.0, 1.0))
-        file.write()
-        later = now_in(tmp_path)
+        deadline = time.monotonic() + 30
+        while (later := now_in(tmp_path)).iteration == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     assert (later.iteration, later.metrics) == (3, {"reward/mean": 0.5})
     assert later.slowest == Slowest("policy", 1, "update", 2.0, 1.0)
     assert later.progress_s is not None

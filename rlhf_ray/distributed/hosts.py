@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray import cloudpickle
 
+from rlhf_ray.distributed.labels import label_output
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.rendezvous import Meeting, environment
 from rlhf_ray.distributed.supervision import STACK_SIGNAL, Failure, Reply, capture
@@ -51,6 +52,8 @@ class Host:
             address: where the group meets; None for a group that does not.
             import_path: the driver's, so that modules beside a pipeline file are found here too.
         """
+        # Before any library is imported that keeps the streams as they are then.
+        label_output(f"[{place.role} {place.rank}]")
         sys.path.extend(entry for entry in import_path if entry not in sys.path)
         if address is not None:
             node = ray.util.get_node_ip_address()

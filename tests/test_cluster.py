@@ -35,6 +35,7 @@ from tests.cluster_files import (
     REPOSITORY,
     is_metric,
     kubernetes_problems,
+    own_metrics_named,
     pipeline_problems,
     problems,
     queries,
@@ -222,6 +223,23 @@ def test_the_queries_are_of_metrics_of_a_run_and_of_ray() -> None:
     assert is_metric("ray_rlhf_ray_reward_sentiment_mean")
     assert not is_metric("ray_rlhf_ray_reward")
     assert not is_metric("rlhf_ray_reward_mean")
+
+
+def test_what_one_looks_for_has_a_panel() -> None:
+    exact, patterns = own_metrics_named()
+    for metric in (
+        "reward_mean",
+        "kl_per_sequence",
+        "sync_time_s",
+        "generator_policy_version_lag",
+        "policy_tokens_per_s",
+        "generator_busy_share",
+        "critic_peak_memory_gib",
+    ):
+        name = f"ray_rlhf_ray_{metric}"
+        assert is_metric(name)
+        assert name in exact or any(re.fullmatch(pattern, name) for pattern in patterns), metric
+    assert any("ray_object_store_memory" in query for query in queries())
 
 
 # The scripts

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +40,13 @@ class Head:
     address: str
     environment: dict[str, str]
 
-    def run(self, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, token: str | None = TOKEN, timeout_s: float = DEADLINE_S
+    ) -> subprocess.CompletedProcess[str]:
         """The program, with the cluster's token, another or none."""
         environment = self.environment | ({} if token is None else {"RAY_AUTH_TOKEN": token})
         command = [sys.executable, "-m", "rlhf_ray", *arguments, "--address", self.address]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
 def free_ports(count: int) -> list[int]:
@@ -56,7 +59,13 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """`ray start --head` with token authentication, ports and folders of its own."""
+    with started({"MY_KEY": SECRET, VARIABLE: PAUSE}) as running:
+        yield running
+
+
+@contextmanager
+def started(variables: Mapping[str, str]) -> Iterator[Head]:
+    """`ray start --head` with token authentication, ports and folders of its own, and further variables."""
     # Sockets lie below this folder, and their paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="rr_", dir="/tmp"))
     (folder / "ray").mkdir()
@@ -83,7 +92,7 @@ def head() -> Iterator[Head]:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
             + [f"--{name}={value}" for name, value in options.items()],
-            env=environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "MY_KEY": SECRET, VARIABLE: PAUSE},
+            env=environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN} | variables,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -202,3 +211,27 @@ def test_a_stopped_run_that_is_submitted_again_is_the_run_that_was_not(tmp_path:
     assert weights_digest(run_dir) == weights_digest(tmp_path / "whole")
     assert comparable(read_metrics(run_dir)) == comparable(read_metrics(tmp_path / "whole"))
     assert json.loads((run_dir / "ppo" / "done.json").read_text())["iteration"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_quickstart_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
+    """The shipped pipeline, vLLM and all, with fewer steps."""
+    fewer = ("sft.steps=40", "reward_model.steps=20", "ppo.iterations=5", "ppo.checkpoints.every=2")
+    quickstart = (str(ROOT / "pipelines" / "quickstart.yaml"), *fewer)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with started({}) as head:
+        done = head.run("submit", *quickstart, "--run-dir", str(whole), timeout_s=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        job = head.run("submit", *quickstart, "--run-dir", str(stopped), "--detach").stdout.strip()
+        deadline = time.monotonic() + 600
+        while not (stopped / "metrics.jsonl").exists() or len(read_metrics(stopped, "ppo")) < 3:
+            assert time.monotonic() < deadline, head.run("logs", job).stdout
+            time.sleep(0.05)
+        assert head.run("stop", job, timeout_s=600).stdout == f"{job}: STOPPED\n"
+        assert not (stopped / "ppo" / "done.json").exists()
+        again = head.run("submit", *quickstart, "--run-dir", str(stopped), timeout_s=600)
+        assert again.returncode == 0, again.stdout + again.stderr
+    for stage in ("sft", "reward_model", "ppo"):
+        assert weights_digest(stopped, stage) == weights_digest(whole, stage)
+    assert comparable(read_metrics(stopped)) == comparable(read_metrics(whole))

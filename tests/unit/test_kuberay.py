@@ -18,7 +18,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.kuberay import LIMIT_BYTES, PACKED, job_name, pack, run_dir_of, unpack_into
 from rlhf_ray.nodes import Nodes, nodes_for
 from rlhf_ray.upload import Item, Upload, contents
-from tests.cluster_files import ray_command_problems
+from tests.cluster_files import REPOSITORY, ray_command_problems
 from tests.unit.test_submit import PIPELINE, exit_code, project, refusal, runs
 
 __all__ = ["project", "runs"]
@@ -63,6 +63,12 @@ def test_nodes_without_gpus(tmp_path: Path) -> None:
 
 def test_more_cores_than_gpus_bring(tmp_path: Path) -> None:
     assert nodes_for(pipeline(tmp_path, workers=2, cpus="20"), "1x2xH100-80") == Nodes(1, 2, 40, 128)
+
+
+def test_cores_of_all_roles_on_a_node() -> None:
+    """Of six workers four have one core each."""
+    config = load_pipeline(REPOSITORY / "pipelines/quickstart.yaml", ["ppo.policy.cpus=30", "ppo.critic.cpus=25"])
+    assert nodes_for(config, "1x5xH100-80") == Nodes(1, 5, 59, 320)
 
 
 def test_whole_nodes_for_workers_that_must_be_apart(tmp_path: Path) -> None:

@@ -246,9 +246,10 @@ def link_note(file: Path) -> None:
     Does nothing where the command's output is not the log of a job.
     """
     with suppress(OSError):
-        log = _JOB_LOG.fullmatch(Path(os.readlink("/proc/self/fd/1")).name)
-        if log is not None:
-            link = Path(os.readlink("/proc/self/fd/1")).with_name(_note_name(log[1]))
+        log = Path(os.readlink("/proc/self/fd/1"))
+        job = _JOB_LOG.fullmatch(log.name)
+        if job is not None:
+            link = log.with_name(_note_name(job[1]))
             link.unlink(missing_ok=True)
             link.symlink_to(file.absolute())
 

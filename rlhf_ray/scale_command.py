@@ -79,9 +79,10 @@ def _ask_folder(run: str, generators: int, *, detach: bool, timeout_s: float) ->
     if not (folder / CONFIG_FILE).is_file():
         what = "holds no run (there is no config.yaml)" if folder.is_dir() else "is not a folder"
         raise ConfigError(f"{run} {what}; wanted the run_dir of a run, or with --address a submitted run's id")
-    from rlhf_ray.trainers.scale_file import is_under_way, read_standing, read_wish, wish_for
+    from rlhf_ray.trainers.lock import owner_of
+    from rlhf_ray.trainers.scale_file import read_standing, read_wish, wish_for
 
-    if not is_under_way(folder):
+    if owner_of(folder) is None:
         raise ConfigError(
             f"{run}: no run is under way in it; only one that is can be scaled (rlhf-ray resume goes on with one)"
         )
@@ -99,7 +100,7 @@ def _ask_folder(run: str, generators: int, *, detach: bool, timeout_s: float) ->
             raise SystemExit(1)
         time.sleep(_POLL_S)
         before, later = now, read_standing(folder)
-        if later is None or not is_under_way(folder):
+        if later is None or owner_of(folder) is None:
             _say(f"{now.stage} has ended before")
             raise SystemExit(1)
         if read_wish(folder) != wish:

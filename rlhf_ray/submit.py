@@ -6,17 +6,19 @@ with it where its folder holds the same run already.
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import secrets as random
 import shlex
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
@@ -24,22 +26,31 @@ import yaml
 from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, run_files
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.options import Overrides, PipelineFile
+from rlhf_ray.options import Overrides, PipelineFile, without_effect
+from rlhf_ray.order import Order, run_name
 from rlhf_ray.terminal import exit_codes, show
 
 if TYPE_CHECKING:
     from rlhf_ray.distributed.jobs import Job, JobServer
+    from rlhf_ray.upload import Upload
 
 SAVE_S = 600
 """Seconds that a stopped run has to save a checkpoint, unless told otherwise."""
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
 _LEAVE_S = 60.0
 _OURS = "rlhf_ray"
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 Address = Annotated[
     str | None,
     typer.Option(help="Dashboard of the cluster, http://HOST:8265; else RAY_API_SERVER_ADDRESS.", show_default=False),
+]
+RunOrFolder = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="Id of a submitted run, or its run_dir for the newest; without --address also the folder of a run.",
+        show_default=False,
+    ),
 ]
 Run = Annotated[
     str,
@@ -91,57 +102,91 @@ def submit_command(
     without_token: Annotated[
         bool, typer.Option("--without-token", help="Accept a cluster that asks for no token.")
     ] = False,
+    upload_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--print-command",
+            metavar="FOLDER",
+            help="Send nothing: write what would be uploaded to a new folder, and print the `ray job submit` line.",
+            show_default=False,
+        ),
+    ] = None,
+    kuberay: Annotated[
+        bool, typer.Option("--kuberay", help="Send nothing: print a KubeRay RayJob for `kubectl apply`.")
+    ] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Send nothing: print a batch script for `sbatch`.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODESxGPUSxNAME-GB",
+            help="Nodes of --kuberay and --slurm, as for `plan`; else the fewest with a GPU for every worker.",
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Image of --kuberay's pods.", show_default=False)
+    ] = None,
+    volume_claim: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Volume claim that --kuberay's pods share, rlhf-ray-runs by default.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a pipeline on a Ray cluster: upload it, follow its log, end with its exit code.
 
     Submitted again after it was stopped, with the same settings and run_dir, it goes on from its last checkpoint.
     """
     with exit_codes():
-        folders = [_shared(folder) for folder in shared or ()]
-        for name in secret or ():
-            _check_name(name)
-        chosen = [*(overrides or ()), *([f"run_dir={run_dir}"] if run_dir is not None else ())]
-        config = load_pipeline(pipeline, chosen, elsewhere=folders)
-        from rlhf_ray import upload
-        from rlhf_ray.distributed.jobs import STOP_WAIT, connect
+        order = Order(pipeline, tuple(overrides or ()), run_dir, tuple(secret or ()), save_s)
+        sent = {"address": address, "detach": detach or None, "without-token": without_token or None}
+        on_pods = {"image": image, "volume-claim": volume_claim}
+        if [kuberay, slurm, upload_to is not None].count(True) > 1:
+            raise ConfigError("got several of --kuberay, --slurm and --print-command, wanted one of them")
+        if kuberay:
+            without_effect({**sent, "shared": shared or None}, "with --kuberay")
+            from rlhf_ray.kuberay import render_job
 
-        server = connect(address)
-        _check_cluster(server, without_token=without_token)
-        parts = upload.prepare(config, pipeline_dir=pipeline.resolve().parent, shared=folders)
-        _show_upload(parts, config)
-        where = upload.remote_run_dir(config.run_dir)
-        job_id = f"{_word(Path(where).name)}-{random.token_hex(4)}"
-        named = [part for name in secret or () for part in ("--secret", name)]
-        words = ["python", "-m", "rlhf_ray", "run-submitted", upload.PIPELINE_FILE, version("rlhf_ray"), *named]
-        with tempfile.TemporaryDirectory(prefix="rlhf_ray_upload_") as folder:
-            upload.write(parts, Path(folder))
-            server.submit(
-                job_id,
-                f"exec {shlex.join(words)}",
-                Path(folder),
-                variables={STOP_WAIT: str(save_s)},
-                metadata={_OURS: version("rlhf_ray"), "pipeline": pipeline.name, "run_dir": where},
-            )
-        if detach:
-            print(job_id)
-            return
-        _say(f"submitted as {job_id}; its run_dir on the cluster is {where}")
-        _follow(server, job_id)
+            print(render_job(order, cluster=cluster, image=image, claim=volume_claim), end="")
+        elif slurm:
+            without_effect({**sent, **on_pods, "shared": shared or None}, "with --slurm")
+            from rlhf_ray.slurm import render_script
+
+            print(render_script(order, cluster=cluster), end="")
+        else:
+            without_effect({**on_pods, "cluster": cluster}, "without --kuberay or --slurm")
+            if upload_to is None:
+                _submit(order, address, shared or (), detach=detach, without_token=without_token)
+            else:
+                without_effect({**sent, "address": None}, "with --print-command")
+                _print_command(order, address, shared or (), upload_to)
 
 
-def status_command(run: Run, address: Address = None) -> None:
-    """Print a submitted run's state, times and last line of its log."""
+def status_command(run: RunOrFolder, address: Address = None) -> None:
+    """Print a run's state, phase, last progress and slowest worker."""
     with exit_codes():
-        server, job = _find(run, address)
-        lines = server.log(job.id).strip().splitlines()
-        rows = {
-            "run": job.id,
-            "state": job.state if job.exit_code is None else f"{job.state}, exit code {job.exit_code}",
-            "started": _time(job.started_s),
-            "ended": _time(job.ended_s),
-            **{name: job.metadata[name] for name in ("run_dir", "pipeline") if name in job.metadata},
-            "last line": lines[-1] if lines else "",
-        }
+        from rlhf_ray.status import folder_rows, holds_a_run, status_rows
+        from rlhf_ray.trainers.status import read_status
+
+        if address is None and holds_a_run(Path(run)):
+            rows = folder_rows(Path(run))
+        else:
+            server, job = _find(run, address)
+            status = read_status(server.note(job) or "")
+            if status is not None and job.ended_s is not None and status.written_s > job.ended_s + _LEAVE_S:
+                status = None  # a later job of the same run wrote it
+            lines = server.log(job.id).strip().splitlines()
+            rows = {
+                "run": job.id,
+                "state": job.state if job.exit_code is None else f"{job.state}, exit code {job.exit_code}",
+                "started": _time(job.started_s),
+                "ended": _time(job.ended_s),
+                **{name: job.metadata[name] for name in ("run_dir", "pipeline") if name in job.metadata},
+                **({} if status is None else status_rows(status, now=time.time(), running=not job.ended)),
+                "last line": lines[-1] if lines else "",
+            }
         for name, text in rows.items():
             if text:
                 print(f"{name:<10}{text}")
@@ -194,10 +239,16 @@ def list_command(address: Address = None) -> None:
 
 
 def run_submitted_command(
-    pipeline: Path, submitted_by: str, secret: Annotated[list[str] | None, typer.Option()] = None
+    pipeline: Path,
+    submitted_by: str,
+    secret: Annotated[list[str] | None, typer.Option()] = None,
+    unpack: Annotated[Path | None, typer.Option(help="Folder for what travels packed.")] = None,
+    pid_file: Annotated[Path | None, typer.Option(help="Where to note this process's number.")] = None,
 ) -> None:
     """What the job runs on the cluster: a new run, or the one that its folder holds."""
     with exit_codes():
+        if pid_file is not None:
+            pid_file.write_text(f"{os.getpid()}\n", encoding="utf-8")
         here = version("rlhf_ray")
         python = ".".join(str(part) for part in sys.version_info[:3])
         _say(f"rlhf_ray {here}, Ray {version('ray')}, Python {python} on {socket.gethostname()}")
@@ -212,6 +263,11 @@ def run_submitted_command(
                 f"{', '.join(absent)}: not set on this cluster. A secret's value is not sent; set it in the "
                 "environment in which Ray is started on every node (on Kubernetes: env from a Secret)"
             )
+        if unpack is not None:
+            from rlhf_ray.kuberay import unpack_into
+
+            unpack_into(unpack)
+            os.chdir(unpack)
         config = load_pipeline(pipeline)
         if config.run_dir.startswith("~") and KUBERNETES in os.environ:
             raise ConfigError(
@@ -220,6 +276,10 @@ def run_submitted_command(
             )
         config = config.model_copy(update={"run_dir": str(Path(config.run_dir).expanduser())})
         folder = Path(config.run_dir)
+        from rlhf_ray.distributed.jobs import link_note
+        from rlhf_ray.trainers.status import FILE as STATUS_FILE
+
+        link_note(folder / STATUS_FILE)
         resume = (folder / CONFIG_FILE).is_file()
         if resume:
             _go_on(folder, config)
@@ -229,6 +289,87 @@ def run_submitted_command(
 
 
 # -------------------------------------------------------------------------------------- shared
+
+
+def _submit(order: Order, address: str | None, shared: Sequence[Path], *, detach: bool, without_token: bool) -> None:
+    from rlhf_ray import upload
+    from rlhf_ray.distributed.jobs import connect
+
+    config = order.load(elsewhere=_folders(shared))
+    server = connect(address)
+    _check_cluster(server, without_token=without_token)
+    shipment = _shipment(order, config, shared)
+    with tempfile.TemporaryDirectory(prefix="rlhf_ray_upload_") as folder:
+        upload.write(shipment.parts, Path(folder))
+        server.submit(
+            shipment.job_id,
+            shlex.join(shipment.command),
+            Path(folder),
+            variables=shipment.variables,
+            metadata=shipment.metadata,
+        )
+    if detach:
+        print(shipment.job_id)
+        return
+    _say(f"submitted as {shipment.job_id}; its run_dir on the cluster is {shipment.metadata['run_dir']}")
+    _follow(server, shipment.job_id)
+
+
+def _print_command(order: Order, address: str | None, shared: Sequence[Path], folder: Path) -> None:
+    from rlhf_ray import upload
+    from rlhf_ray.distributed.jobs import dashboard_url
+
+    url = dashboard_url(address)
+    shipment = _shipment(order, order.load(elsewhere=_folders(shared)), shared)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--print-command: {folder} cannot be made: {error.strerror}; wanted a new folder") from None
+    upload.write(shipment.parts, folder)
+    options = {
+        "address": url,
+        "submission-id": shipment.job_id,
+        "working-dir": str(folder.resolve()),
+        "runtime-env-json": json.dumps({"env_vars": shipment.variables}),
+        "metadata-json": json.dumps(shipment.metadata),
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    print(f"RAY_AUTH_MODE=token {shlex.join(['ray', 'job', 'submit', *words, '--', *shipment.command])}")
+
+
+@dataclass(frozen=True)
+class _Shipment:
+    """One submission, ready to be sent.
+
+    Args:
+        parts: what is uploaded.
+        job_id: id of the new job.
+        command: what it runs in the uploaded folder.
+        variables: its environment.
+        metadata: what is noted with it.
+    """
+
+    parts: Upload
+    job_id: str
+    command: list[str]
+    variables: dict[str, str]
+    metadata: dict[str, str]
+
+
+def _shipment(order: Order, config: Pipeline, shared: Sequence[Path]) -> _Shipment:
+    from rlhf_ray import upload
+    from rlhf_ray.distributed.jobs import STOP_WAIT
+
+    parts = upload.prepare(config, pipeline_dir=order.pipeline.resolve().parent, shared=shared)
+    _show_upload(parts, config)
+    where = upload.remote_run_dir(config.run_dir)
+    return _Shipment(
+        parts=parts,
+        job_id=f"{run_name(where)}-{random.token_hex(4)}",
+        command=["exec", *upload.job_words(order.secrets)],
+        variables={STOP_WAIT: str(order.save_s)},
+        metadata=upload.job_metadata(order.pipeline, where),
+    )
 
 
 def _server(address: str | None) -> JobServer:
@@ -291,7 +432,7 @@ def _check_cluster(server: JobServer, *, without_token: bool) -> None:
         _say(f"note: the cluster runs Ray {server.ray_version}, this machine has {version('ray')}")
 
 
-def _show_upload(parts: Any, config: Pipeline) -> None:
+def _show_upload(parts: Upload, config: Pipeline) -> None:
     from rlhf_ray.upload import in_words
 
     for item in parts.items:
@@ -340,26 +481,11 @@ def _go_on(folder: Path, config: Pipeline) -> None:
     _say(f"{folder} holds this run; going on with it")
 
 
-def _shared(folder: Path) -> Path:
-    if not folder.is_absolute():
-        raise ConfigError(f"--shared: got {str(folder)!r}, wanted an absolute path, as the cluster's nodes see it")
-    return folder
-
-
-def _check_name(name: str) -> None:
-    """Says nothing of what follows a `=`: it may be the secret."""
-    if "=" in name:
-        raise ConfigError(
-            f"--secret: got {name.partition('=')[0]}=..., wanted the name alone: a value would be kept in the job's "
-            "record, where everybody who reaches the cluster can read it. Set it on the cluster's nodes"
-        )
-    if not _NAME.fullmatch(name):
-        raise ConfigError("--secret: wanted the name of an environment variable, such as HF_TOKEN")
-
-
-def _word(text: str) -> str:
-    """The text as part of an id."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_-")[:40] or "run"
+def _folders(shared: Sequence[Path]) -> Sequence[Path]:
+    for folder in shared:
+        if not folder.is_absolute():
+            raise ConfigError(f"--shared: got {str(folder)!r}, wanted an absolute path, as the cluster's nodes see it")
+    return shared
 
 
 def _time(seconds: float | None) -> str:

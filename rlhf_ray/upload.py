@@ -18,6 +18,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -125,6 +126,29 @@ def write(upload: Upload, folder: Path) -> None:
                 shutil.copyfile(file, copy)
         else:
             shutil.copyfile(item.source, target)
+
+
+def contents(upload: Upload) -> dict[str, bytes]:
+    """The files of the upload by their names in it."""
+    found = {PIPELINE_FILE: upload.pipeline.encode()}
+    for item in upload.items:
+        if item.source.is_dir():
+            for file in files_below(item.source):
+                found[f"{item.target}/{file.relative_to(item.source).as_posix()}"] = file.read_bytes()
+        else:
+            found[item.target] = item.source.read_bytes()
+    return found
+
+
+def job_words(secrets: Sequence[str]) -> list[str]:
+    """The command that runs in the uploaded folder: it starts the run, or goes on with it."""
+    named = [word for name in secrets for word in ("--secret", name)]
+    return ["python", "-m", _PACKAGE, "run-submitted", PIPELINE_FILE, version(_PACKAGE), *named]
+
+
+def job_metadata(pipeline: Path, run_dir: str) -> dict[str, str]:
+    """What is noted with the job, by which `list` and `status` know it."""
+    return {_PACKAGE: version(_PACKAGE), "pipeline": pipeline.name, "run_dir": run_dir}
 
 
 def remote_run_dir(run_dir: str) -> str:

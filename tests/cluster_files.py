@@ -10,12 +10,14 @@ import json
 import re
 import shlex
 import subprocess
+import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -23,6 +25,7 @@ from ray.scripts.scripts import cli as ray_cli
 
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.distributed.gauges import OWN, gauge_name
+from rlhf_ray.kuberay import PACKED, unpack_into
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "cluster"
@@ -143,8 +146,8 @@ def _cluster_problems(cluster: Mapping[str, Any]) -> list[str]:
     for group in workers:
         if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
             found.append(f"{group['groupName']}: replicas are not between minReplicas and maxReplicas")
-        found += _pod_problems(group["groupName"], group, gpus=True)
-    found += _pod_problems("head", head, gpus=False)
+        found += _pod_problems(group["groupName"], group, head=False)
+    found += _pod_problems("head", head, head=True)
     spec = head["template"]["spec"]
     command = spec["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
     if command[:1] != ["stop_driver"]:
@@ -155,15 +158,16 @@ def _cluster_problems(cluster: Mapping[str, Any]) -> list[str]:
     return found + ([f"images differ: {sorted(images)}"] if len(images) > 1 else [])
 
 
-def _pod_problems(name: str, group: Mapping[str, Any], *, gpus: bool) -> list[str]:
+def _pod_problems(name: str, group: Mapping[str, Any], *, head: bool) -> list[str]:
     spec = group["template"]["spec"]
     (container,) = spec["containers"]
+    gpus = not head and not container["image"].endswith("-cpu")
     found = []
     requests, limits = container["resources"]["requests"], container["resources"]["limits"]
     if requests != limits:
         found.append(f"{name}: requests differ from limits")
     if ("nvidia.com/gpu" in limits) != gpus:
-        found.append(f"{name}: nvidia.com/gpu {'is missing' if gpus else 'on the head'}")
+        found.append(f"{name}: nvidia.com/gpu {'is missing' if gpus else 'where no GPU is used'}")
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     found += [f"{name}: no volume {volume}" for volume in mounts.values() if volume not in volumes]
@@ -183,14 +187,19 @@ def _pod_problems(name: str, group: Mapping[str, Any], *, gpus: bool) -> list[st
 
 
 def _job_problems(job: Mapping[str, Any]) -> list[str]:
-    _, pipeline, run_dir, *overrides = job["entrypoint"].split()
-    found = pipeline_problems(pipeline, [f"run_dir={run_dir}", *overrides])
+    head = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    program, pipeline, run_dir, *overrides = job["entrypoint"].split()
+    if program == "run_or_resume":
+        found = pipeline_problems(pipeline, [f"run_dir={run_dir}", *overrides])
+    else:
+        variables = {variable["name"]: variable.get("value", "") for variable in head["containers"][0]["env"]}
+        found = packed_problems(variables.get(PACKED, ""), job["metadata"]["run_dir"])
     environment = read_yaml(job["runtimeEnvYAML"])["env_vars"]
     found += [
         f"runtimeEnvYAML: the secret {name} stands in the file" for name in environment if SECRET_NAME.search(name)
     ]
     wait = int(environment.get("RAY_JOB_STOP_WAIT_TIME_S", 0))
-    grace = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    grace = head["terminationGracePeriodSeconds"]
     if not 60 <= wait < grace:
         found.append(f"RAY_JOB_STOP_WAIT_TIME_S: got {wait}, wanted 60 to the grace period")
     return found
@@ -210,6 +219,19 @@ def pipeline_problems(path: str, overrides: list[str]) -> list[str]:
     except Exception as error:
         return [f"{path}: {error}"]
     return []
+
+
+def packed_problems(packed: str, run_dir: str) -> list[str]:
+    """A pipeline that travels in a manifest: it is unpacked and read as the job would."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PACKED, packed)
+        try:
+            unpack_into(Path(folder, "upload"))
+            patch.chdir(Path(folder, "upload"))
+            config = load_pipeline("pipeline.yaml", elsewhere=[Path("/runs")])
+        except Exception as error:
+            return [f"{PACKED}: {error}"]
+    return [] if config.run_dir == run_dir else [f"run_dir: {config.run_dir} in the pipeline, {run_dir} beside it"]
 
 
 def strict(schema: Any) -> Any:
@@ -281,12 +303,12 @@ def slurm_problems(text: str) -> list[str]:
     wanted = {"ntasks-per-node": "1", "open-mode": "append"}
     found += [f"--{name}: got {options.get(name)}" for name, value in wanted.items() if options.get(name) != value]
     signal = re.fullmatch(r"B:TERM@([0-9]+)", options.get("signal", ""))
-    waits = re.search(r"stop_driver\.sh\" ([0-9]+)", text)
     if not signal:
         found.append("--signal: SIGTERM does not come to this shell alone ahead of the limit")
-    if not waits or (signal and int(signal[1]) <= int(waits[1])):
-        found.append("the driver is not waited for, or longer than SIGTERM comes ahead of the limit")
-    for line in ("export RAY_AUTH_MODE=token", "umask 077", "trap stop TERM", "scontrol requeue"):
+    elif int(signal[1]) <= 60:
+        found.append("--signal: no time to save ahead of the limit")
+    lines = ("export RAY_AUTH_MODE=token", "umask 077", "trap stop TERM", "kill -TERM", "rlhf-ray resume")
+    for line in (*lines, "scontrol requeue"):
         if line not in text:
             found.append(f"no {line}")
     joined = text.replace("\\\n", " ")

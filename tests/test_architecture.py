@@ -17,17 +17,8 @@ LAYERS = [
     ("stages", "pipeline", "plan", "inference", "responses"),
     ("bench", "report"),
     (
-        "cli",
-        "bench_commands",
-        "plan_command",
-        "scale_command",
-        "options",
-        "terminal",
-        "doctor",
-        "submit",
-        "upload",
-        "start",
-        "__main__",
+        *("cli", "bench_commands", "plan_command", "scale_command", "options", "terminal", "doctor", "start"),
+        *("submit", "order", "status", "upload", "nodes", "kuberay", "slurm", "__main__"),
     ),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

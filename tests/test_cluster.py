@@ -5,14 +5,17 @@ What runs here for real are the three shell scripts, with stand-ins for Slurm, R
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,19 @@ import pytest
 import yaml
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 
-from rlhf_ray.cli import app
+from rlhf_ray.cli import app, main
 from rlhf_ray.config.describe import METHODS, list_settings
 from rlhf_ray.config.schema import Pipeline
+from rlhf_ray.kuberay import ray_job
+from rlhf_ray.nodes import Nodes
+from rlhf_ray.slurm import batch_script
 from tests.cluster_files import (
     CHECKERS,
     CLUSTER,
     REPOSITORY,
     is_metric,
+    kubernetes_problems,
+    own_metrics_named,
     pipeline_problems,
     problems,
     queries,
@@ -35,6 +43,7 @@ from tests.cluster_files import (
     ray_command_problems,
     read_yaml,
     schema_problems,
+    slurm_problems,
     strict,
 )
 
@@ -80,6 +89,7 @@ MUTATIONS = {
     ),
     "start_parameter_as_a_number": (JOB, 'num-gpus: "0"', "num-gpus: 0", "'0' was expected"),
     "unknown_start_parameter": (JOB, 'metrics-export-port: "8080"', 'metric-export-port: "8080"', "No such option"),
+    "cpus_on_the_head": (STAYS, 'num-cpus: "0"', 'num-cpus: "8"', "'0' was expected"),
     "gpus_on_the_head": (JOB, 'num-gpus: "0"', 'num-gpus: "4"', "'0' was expected"),
     "workers_without_gpus": (STAYS, ', nvidia.com/gpu: "4"', "", "requests differ"),
     "shm_on_disk": (JOB, "emptyDir: {medium: Memory, sizeLimit: 64Gi}", "emptyDir: {sizeLimit: 64Gi}", "volumes[1]"),
@@ -113,7 +123,9 @@ MUTATIONS = {
     "launcher_misspelt_option": (OWN, "--metrics-export-port", "--metric-export-port", "No such option"),
     "slurm_no_requeue": (SLURM, "#SBATCH --requeue\n", "", "no --requeue"),
     "slurm_signal_to_every_process": (SLURM, "--signal=B:TERM@300", "--signal=TERM@300", "this shell alone"),
-    "slurm_signal_too_late": (SLURM, "B:TERM@300", "B:TERM@60", "longer than"),
+    "slurm_signal_too_late": (SLURM, "B:TERM@300", "B:TERM@60", "no time to save"),
+    "slurm_driver_not_told": (SLURM, "    kill -TERM", "    kill -HUP", "no kill -TERM"),
+    "slurm_starts_anew": (SLURM, 'rlhf-ray resume "$run_dir"', "rlhf-ray run", "no rlhf-ray resume"),
     "slurm_shared_nodes": (SLURM, "#SBATCH --exclusive\n", "", "no --exclusive"),
     "slurm_without_a_token": (SLURM, "export RAY_AUTH_MODE=token\n", "", "RAY_AUTH_MODE"),
     "slurm_token_for_everyone": (SLURM, "umask 077 && ", "", "umask"),
@@ -197,7 +209,7 @@ def test_our_schema_names_only_what_kuberay_knows(crds: dict[str, Any]) -> None:
     for kind, schema in crds.items():
         known = set(paths(schema["properties"]["spec"], {}))
         used = set(paths(ours[kind]["properties"]["spec"], ours))
-        free = {path for path in used if path[-2:] == ("rayStartParams", "num-gpus")}
+        free = {path for path in used if path[-2:-1] == ("rayStartParams",)}
         assert len(used) > 50
         assert used - known == free
 
@@ -211,6 +223,23 @@ def test_the_queries_are_of_metrics_of_a_run_and_of_ray() -> None:
     assert is_metric("ray_rlhf_ray_reward_sentiment_mean")
     assert not is_metric("ray_rlhf_ray_reward")
     assert not is_metric("rlhf_ray_reward_mean")
+
+
+def test_what_one_looks_for_has_a_panel() -> None:
+    exact, patterns = own_metrics_named()
+    for metric in (
+        "reward_mean",
+        "kl_per_sequence",
+        "sync_time_s",
+        "generator_policy_version_lag",
+        "policy_tokens_per_s",
+        "generator_busy_share",
+        "critic_peak_memory_gib",
+    ):
+        name = f"ray_rlhf_ray_{metric}"
+        assert is_metric(name)
+        assert name in exact or any(re.fullmatch(pattern, name) for pattern in patterns), metric
+    assert any("ray_object_store_memory" in query for query in queries())
 
 
 # The scripts
@@ -265,6 +294,7 @@ def stage(tmp_path: Path) -> dict[str, str]:
 
 
 def run_script(name: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a script of cluster/, or one anywhere."""
     command = ["bash", str(CLUSTER / name), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
@@ -303,10 +333,29 @@ def test_a_driver_that_stays_is_reported(stage: dict[str, str], tmp_path: Path) 
     assert f"process {deaf.pid} is still there" in result.stderr
 
 
+def slurm_script(folder: Path, run_dir: str, *, secrets: Sequence[str] = ()) -> Path:
+    """A rendered script whose words have spaces and quotes in them."""
+    text = batch_script(
+        "rlhf-ray-a",
+        Nodes(2, 8, 64, 512),
+        pipeline="p.yaml",
+        overrides=["seed=2", "stop=it's done"],
+        run_dir=run_dir,
+        environment=str(folder / "venv"),
+        version="0.1.0",
+        save_s=60,
+        secrets=secrets,
+    )
+    path = folder / "own run.sbatch"
+    path.write_text(text)
+    return path
+
+
 def test_slurm_runs_and_passes_the_exit_code_on(stage: dict[str, str], tmp_path: Path) -> None:
-    result = run_script("slurm/run.sbatch", "p.yaml", "/runs/a", "seed=2", env=stage | {"CODE": "1"})
+    result = run_script("slurm/run.sbatch", env=stage | {"CODE": "1"})
     assert result.returncode == 1, result.stderr
-    assert (tmp_path / "rlhf-ray").read_text() == "run p.yaml run_dir=/runs/a seed=2 RAY_ADDRESS=node1:6379\n"
+    started = "run pipelines/quickstart.yaml run_dir=/shared/runs/quickstart RAY_ADDRESS=node1:6379\n"
+    assert (tmp_path / "rlhf-ray").read_text() == started
     called = shlex.split((tmp_path / "ray").read_text())
     assert called[:5] == ["symmetric-run", "--address", "node1:6379", "--min-nodes", "2"]
     assert "requeue" not in (tmp_path / "scontrol").read_text()
@@ -318,26 +367,36 @@ def test_slurm_runs_and_passes_the_exit_code_on(stage: dict[str, str], tmp_path:
 
 
 def test_ray_takes_the_options_of_symmetric_run(stage: dict[str, str], tmp_path: Path) -> None:
-    run_script("slurm/run.sbatch", "p.yaml", "/runs/a", env=stage)
-    called = shlex.split((tmp_path / "ray").read_text())
+    run_script("slurm/run.sbatch", env=stage)
+    called = (tmp_path / "ray").read_text().split()
     assert ray_command_problems(called) == []
     kept = curate_and_validate_ray_start_args(called[1 : called.index("--")])
     assert kept == ["--disable-usage-stats", "--metrics-export-port=8080"]
 
 
-def test_slurm_stops_the_driver_ahead_of_the_limit_and_requeues(stage: dict[str, str], tmp_path: Path) -> None:
-    command = ["bash", str(CLUSTER / "slurm/run.sbatch"), "p.yaml", "/runs/a"]
-    with subprocess.Popen(command, env=stage | {"MODE": "wait"}) as job:
+def test_slurm_stops_the_driver_ahead_of_the_limit_requeues_and_resumes(stage: dict[str, str], tmp_path: Path) -> None:
+    runs = tmp_path / "a run"
+    script = slurm_script(tmp_path, str(runs))
+    assert slurm_problems(script.read_text()) == []
+    with subprocess.Popen(["bash", str(script)], env=stage | {"MODE": "wait"}) as job:
         wait_for(tmp_path / "ready")
         job.send_signal(signal.SIGTERM)
         assert job.wait(timeout=30) == 143
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
     assert list((tmp_path / "home").iterdir()) == []
+    runs.mkdir()
+    (runs / "config.yaml").write_text("")
+    assert run_script(str(script), env=stage).returncode == 0
+    calls = (tmp_path / "rlhf-ray").read_text().splitlines()
+    assert calls == [
+        f"run p.yaml run_dir={runs} seed=2 stop=it's done RAY_ADDRESS=node1:6379",
+        f"resume {runs} RAY_ADDRESS=node1:6379",
+    ]
 
 
 def test_slurm_does_not_requeue_a_run_that_was_done_when_it_was_stopped(stage: dict[str, str], tmp_path: Path) -> None:
-    command = ["bash", str(CLUSTER / "slurm/run.sbatch"), "p.yaml", "/runs/a"]
+    command = ["bash", str(CLUSTER / "slurm/run.sbatch")]
     with subprocess.Popen(command, env=stage | {"MODE": "wait", "STOPPED": "0"}) as job:
         wait_for(tmp_path / "ready")
         job.send_signal(signal.SIGTERM)
@@ -345,9 +404,97 @@ def test_slurm_does_not_requeue_a_run_that_was_done_when_it_was_stopped(stage: d
     assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
-def test_slurm_says_what_it_wants(stage: dict[str, str]) -> None:
-    result = run_script("slurm/run.sbatch", "p.yaml", env=stage)
-    assert (result.returncode, "wanted PIPELINE.yaml RUN_DIR" in result.stderr) == (2, True)
+def test_slurm_wants_its_secrets(stage: dict[str, str], tmp_path: Path) -> None:
+    script = slurm_script(tmp_path, "/runs/a", secrets=["MY_KEY"])
+    refused = run_script(str(script), env=stage)
+    assert refused.returncode != 0
+    assert "MY_KEY: run.sbatch: not set" in refused.stderr
+    assert not (tmp_path / "rlhf-ray").exists()
+    assert run_script(str(script), env=stage | {"MY_KEY": "sesame"}).returncode == 0
+
+
+# What `submit` writes
+
+
+def rendered(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `rlhf-ray submit` prints, called in the repository."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["submit", *arguments])
+    said = capsys.readouterr()
+    assert stopped.value.code == 0, said.err
+    return said.out
+
+
+def test_the_slurm_script_is_the_one_that_submit_writes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("sys.prefix", str(REPOSITORY / ".venv"))
+    options = "--run-dir /shared/runs/quickstart --cluster 2x4xH100-80 --save-s 240"
+    assert rendered(capsys, "pipelines/quickstart.yaml", "--slurm", *options.split()) == (CLUSTER / SLURM).read_text()
+
+
+def manifest_of(**changes: Any) -> dict[str, Any]:
+    """What is rendered for the pipeline in the images."""
+    settings: dict[str, Any] = {
+        "image": "registry.example.org/rlhf-ray:0.1.0-gpu",
+        "claim": "rlhf-ray-runs",
+        "ray_version": "2.60.0",
+        "save_s": 240,
+        "secrets": (),
+        "head_variables": {},
+        "metadata": {"rlhf_ray": "0.1.0", "pipeline": "quickstart.yaml", "run_dir": "/runs/quickstart"},
+    }
+    command = "run_or_resume /opt/rlhf_ray/pipelines/quickstart.yaml /runs/quickstart"
+    return ray_job("rlhf-ray-quickstart", command, Nodes(2, 4, 32, 256), **settings | changes)
+
+
+def test_the_manifests_are_those_that_submit_writes() -> None:
+    """The spot variant differs in where its pods go, how often it is repeated, and its names."""
+    job = manifest_of()
+    assert manifest("rayjob.yaml") == job
+    assert manifest("raycluster.yaml")["spec"] == job["spec"]["rayClusterSpec"]
+    spot = manifest("rayjob-spot.yaml")
+    head, (workers,) = (spot["spec"]["rayClusterSpec"][key] for key in ("headGroupSpec", "workerGroupSpecs"))
+    for group, removed in ((head, ["nodeSelector"]), (workers, ["nodeSelector", "tolerations"])):
+        for key in removed:
+            del group["template"]["spec"][key]
+    workers["groupName"] = "gpu"
+    spot["metadata"] = job["metadata"]
+    spot["spec"]["backoffLimit"] = 3
+    assert spot == job
+
+
+RENDERED = {
+    "gpus": ("pipelines/quickstart.yaml", "--cluster", "2x4xH100-80"),
+    "no_gpus": ("pipelines/quickstart.yaml", "--cluster", "2x16xCPU-64", "--secret", "MY_KEY", "--save-s", "90"),
+    "image_and_claim": ("pipelines/ppo_imdb.yaml", "--image", "a.org/b:1", "--volume-claim", "mine", "--secret", "A"),
+}
+
+
+@pytest.mark.parametrize("case", RENDERED)
+def test_a_rendered_manifest_is_valid(
+    case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert problems("kuberay/rayjob.yaml", rendered(capsys, *RENDERED[case], "--kuberay")) == []
+
+
+def test_kuberay_takes_what_is_rendered(
+    crds: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    job = read_yaml(rendered(capsys, *RENDERED["no_gpus"], "--kuberay"))
+    schema = crds["RayJob"]
+    schema["properties"]["metadata"] = {"type": "object"}
+    assert schema_problems(job, schema) == []
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("name", ["slurm/run.sbatch", "run_or_resume.sh", "stop_driver.sh"])
+def test_shellcheck_has_nothing_to_say(name: str) -> None:
+    checked = subprocess.run(["shellcheck", str(CLUSTER / name)], capture_output=True, text=True, timeout=60)
+    assert checked.stdout == ""
 
 
 def wait_for(path: Path) -> None:
@@ -422,7 +569,8 @@ def check_kubectl(words: list[str]) -> None:
             known |= {(e["valueFrom"]["secretKeyRef"]["name"], e["valueFrom"]["secretKeyRef"]["key"]) for e in keys[1:]}
             assert (secret, key) in known
         case ["apply" | "delete", "--filename", file]:
-            assert (REPOSITORY / file).is_file()
+            written = [line.split(" > ")[1] for line in commands() if line.startswith("rlhf-ray submit")]
+            assert file in written or (REPOSITORY / file).is_file()
         case ["get", "rayjob", name, "--watch"]:
             assert name == job["metadata"]["name"]
         case ["logs", "--follow", name]:
@@ -437,14 +585,25 @@ def check_kubectl(words: list[str]) -> None:
 
 
 def check_sbatch(words: list[str]) -> None:
-    place = words.index("cluster/slurm/run.sbatch")
-    options = re.findall(r"^#SBATCH --([a-z-]+)", (CLUSTER / "slurm/run.sbatch").read_text(), flags=re.MULTILINE)
-    assert all(re.fullmatch(r"--([a-z-]+)=\S+", word) and word[2:].split("=")[0] in options for word in words[1:place])
-    check_entrypoint(["run_or_resume", *words[place + 1 :]])
+    assert words[-1] == "run.sbatch"
+    options = re.findall(r"^#SBATCH --([a-z-]+)", (CLUSTER / SLURM).read_text(), flags=re.MULTILINE)
+    known = {*options, "partition"}
+    assert all(re.fullmatch(r"--([a-z-]+)=\S+", word) and word[2:].split("=")[0] in known for word in words[1:-1])
+
+
+def check_submit(words: list[str]) -> None:
+    """`rlhf-ray submit FILE --kuberay > NAME` writes a valid file of that kind."""
+    target = words[words.index(">") + 1]
+    checked = {"rayjob.yaml": kubernetes_problems, "run.sbatch": slurm_problems}[target]
+    printed = io.StringIO()
+    with redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+        main(words[1 : words.index(">")])
+    assert stopped.value.code == 0
+    assert checked(printed.getvalue()) == []
 
 
 @pytest.mark.parametrize("line", commands())
-def test_a_command_of_the_readme_is_one(line: str) -> None:
+def test_a_command_of_the_readme_is_one(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)
     match words:
         case ["docker", *_]:
@@ -455,6 +614,9 @@ def test_a_command_of_the_readme_is_one(line: str) -> None:
             check_kubectl(words)
         case ["sbatch", *_]:
             check_sbatch(words)
+        case ["rlhf-ray", "submit", *_]:
+            monkeypatch.chdir(REPOSITORY)
+            check_submit(words)
         case ["prometheus", *_]:
             assert (REPOSITORY / option(words, "config.file")).is_file()
             assert option(words, "web.listen-address").startswith("127.0.0.1:")

@@ -31,7 +31,7 @@ README = (REPOSITORY / "README.md").read_text()
 # The tables and sentences without the blocks of code.
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 SPANS = re.findall(r"`([^`\n]+)`", PROSE)
-FILES_OF_A_RUN = {"config.yaml", "metrics.jsonl", "trace.json"}
+FILES_OF_A_RUN = {"config.yaml", "metrics.jsonl", "status.json", "trace.json"}
 
 
 def blocks(language: str) -> list[str]:

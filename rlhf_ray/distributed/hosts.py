@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray import cloudpickle
 
+from rlhf_ray.distributed.labels import label_output
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.rendezvous import Meeting, environment
 from rlhf_ray.distributed.seats import Found
@@ -64,6 +65,8 @@ class Host:
             local: number of the worker among those of its group on this node, and how many they are.
             import_path: the driver's, so that modules beside a pipeline file are found here too.
         """
+        # Before any library is imported that keeps the streams as they are then.
+        label_output(f"[{place.role} {place.rank}]")
         sys.path.extend(entry for entry in import_path if entry not in sys.path)
         if address is not None:
             node = ray.util.get_node_ip_address()

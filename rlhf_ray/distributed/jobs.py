@@ -40,6 +40,7 @@ STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 """Seconds that Ray leaves a job between SIGTERM and SIGKILL; read from the job's own variables."""
 SIGTERM_EXIT_CODE = 143
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_JOB_LOG = re.compile(r"job-driver-(.+)\.log")
 _TOKEN = "RAY_AUTH_TOKEN"
 _TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"
 _HOME_TOKEN = Path("~/.ray/auth_token")
@@ -62,6 +63,7 @@ class Job:
         ended_s: seconds since the epoch; None before the end.
         metadata: what was noted when it was submitted.
         stop_wait_s: seconds between SIGTERM and SIGKILL.
+        node_id: of the node that its command runs on; None before the start.
     """
 
     id: str
@@ -72,6 +74,7 @@ class Job:
     ended_s: float | None
     metadata: Mapping[str, str]
     stop_wait_s: float
+    node_id: str | None
 
     @property
     def ended(self) -> bool:
@@ -121,6 +124,16 @@ class JobServer:
     def log(self, job_id: str) -> str:
         """What the job has written so far."""
         return str(self._ask("GET", f"/api/jobs/{job_id}/logs").json().get("logs") or "")
+
+    def note(self, job: Job) -> str | None:
+        """What the file behind the job's `link_note` says now; None where there is none, or no such node any more."""
+        if job.node_id is None:
+            return None
+        query = httpx.QueryParams({"node_id": job.node_id, "filename": _note_name(job.id), "lines": -1})
+        try:
+            return self._ask("GET", f"/api/v0/logs/file?{query}").text
+        except (LostError, ConfigError):
+            return None
 
     def stop(self, job_id: str) -> bool:
         """Asks Ray to send the job a SIGTERM; false where it has ended before."""
@@ -225,6 +238,24 @@ class JobServer:
         if answer.status_code != 200:
             raise LostError(f"{self.address} answers with status {answer.status_code}: {answer.text[:300]}")
         return answer
+
+
+def link_note(file: Path) -> None:
+    """Called by a job's command: lets `JobServer.note` read the file, through a link among Ray's logs.
+
+    Does nothing where the command's output is not the log of a job.
+    """
+    with suppress(OSError):
+        log = Path(os.readlink("/proc/self/fd/1"))
+        job = _JOB_LOG.fullmatch(log.name)
+        if job is not None:
+            link = log.with_name(_note_name(job[1]))
+            link.unlink(missing_ok=True)
+            link.symlink_to(file.absolute())
+
+
+def _note_name(job_id: str) -> str:
+    return f"job-driver-{job_id}.note.json"
 
 
 def connect(address: str | None) -> JobServer:
@@ -343,6 +374,7 @@ def _job(answer: Mapping[str, Any]) -> Job:
         ended_s=_seconds(answer.get("end_time")),
         metadata=dict(answer.get("metadata") or {}),
         stop_wait_s=float(wait) if wait.isdigit() else 3.0,
+        node_id=answer.get("driver_node_id"),
     )
 
 

@@ -128,6 +128,7 @@ class Site:
             tracking=self.config.tracking,
             recorder=self.recorder,
             trackers=[RayGauges(run=self.folder.path.name, stage=stage.name)],
+            stages=[each.name for each in self.config.stages],
         ) as run:
             _report(run, "train", data.train.report)
             if data.held_out is not None:

@@ -17,7 +17,7 @@
 
 The folder:
 
-    config.yaml  metrics.jsonl  trace.json  tensorboard/
+    config.yaml  metrics.jsonl  trace.json  status.json  tensorboard/
     <stage>/rollouts/iteration_000001.parquet     every sample
     <stage>/evaluation/iteration_000000.parquet   every sample of an evaluation
     <stage>/evaluation/preferences_000060.json    what the scores of held-out pairs say
@@ -29,13 +29,10 @@ The folder:
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import math
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,12 +60,14 @@ from rlhf_ray.trainers.checkpoints import (
 )
 from rlhf_ray.trainers.durable import recover_folder, remove_folder, write_folder, write_text
 from rlhf_ray.trainers.journal import read_rollouts, write_rollouts
+from rlhf_ray.trainers.lock import take_lock
 from rlhf_ray.trainers.metric_rows import FILE as METRICS
 from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.metrics import MetricLog, Number, Tracker
 from rlhf_ray.trainers.model_card import write_model_card
 from rlhf_ray.trainers.preference_report import PreferenceReport, report_tables, write_report
-from rlhf_ray.trainers.scale_file import LOCK
+from rlhf_ray.trainers.status import FILE as STATUS
+from rlhf_ray.trainers.status import StatusFile, slowest_worker
 from rlhf_ray.trainers.timing import Stopwatch, span_metrics
 from rlhf_ray.trainers.trace import FILE as TRACE
 from rlhf_ray.trainers.trace import TraceFile
@@ -152,7 +151,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run_dir: the folder {path} cannot be made: {error.strerror}; choose another") from error
-        lock = _lock(path)
+        lock = take_lock(path)
         try:
             _refuse_a_run(path)
             for name, text in files.items():
@@ -173,7 +172,7 @@ class RunFolder:
         if not (path / CONFIG).is_file():
             what = "holds no run (no config.yaml)" if path.is_dir() else "does not exist"
             raise ConfigError(f"{path} {what}; resume wants the run_dir of an earlier `rlhf-ray run`")
-        return cls(path, _lock(path), created=[])
+        return cls(path, take_lock(path), created=[])
 
     def __enter__(self) -> Self:
         return self
@@ -185,7 +184,7 @@ class RunFolder:
         if isinstance(error, UserError) and self._created and self._untouched():
             for stage in self._new_stages:
                 remove_folder(stage)
-            for name in self._created:
+            for name in (*self._created, STATUS):
                 (self.path / name).unlink(missing_ok=True)
         self.close()
 
@@ -255,26 +254,6 @@ def _refuse_a_run(path: Path) -> None:
         )
 
 
-def _lock(path: Path) -> int:
-    """A descriptor that holds the folder's lock until it is closed or the process ends, however it ends."""
-    try:
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError(f"run_dir: {path} cannot be written to: {error.strerror}; choose another") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise ConfigError(f"run_dir: {owner} is working in {path}; wait for it or stop it") from error
-        # A file system without locks: two processes in one folder are then the user's to avoid.
-        return descriptor
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return descriptor
-
-
 class StageRun:
     """One stage of a run, from its start, or from its newest checkpoint, to its result.
 
@@ -287,6 +266,7 @@ class StageRun:
         recorder: what the worker groups write their calls to.
         trackers: further places that metrics go to.
         view: what a person sees; unset: a live view in a terminal, else plain lines.
+        stages: the names of the run's stages, in order; unset: this one alone.
     """
 
     def __init__(
@@ -300,6 +280,7 @@ class StageRun:
         recorder: Recorder,
         trackers: Sequence[Tracker] = (),
         view: View | None = None,
+        stages: Sequence[str] | None = None,
     ) -> None:
         self.folder = folder.stage(stage.name)
         self.output = self.folder / (DATA if isinstance(stage, schema.Collect) else MODEL)
@@ -314,6 +295,14 @@ class StageRun:
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=stage.checkpoints.keep)
         self._unit: Unit = "iteration" if stage.method in ("ppo", "collect") else "step"
         self._view = view or open_view(stage.name, total, recorder, unit=self._unit)
+        self._status = StatusFile(
+            folder.path / STATUS,
+            stage=stage.name,
+            stages=stages or [stage.name],
+            unit=self._unit,
+            total=total,
+            recorder=recorder,
+        )
         self._stop = _StopRequest(self._on_stop)
         self._log: MetricLog | None = None
         self._trace: TraceFile | None = None
@@ -332,6 +321,7 @@ class StageRun:
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._view.__enter__()
+        self._status.__enter__()
         self._stop.install()
         return self
 
@@ -339,6 +329,8 @@ class StageRun:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.restore()
+        self._status.__exit__(kind, error, traceback)
+        self._status.end(_outcome(error))
         try:
             if self._trace is not None:
                 self._take_spans()
@@ -401,6 +393,7 @@ class StageRun:
         self._first_evaluation, self._last_evaluation = state.first_evaluation, state.last_evaluation
         self._elapsed_s = state.elapsed_s
         self._view.resume(state.iteration)
+        self._status.resume(state.iteration)
 
     def remaining(self) -> Iterator[int]:
         """The numbers of the iterations that are left, from 1 where the stage starts."""
@@ -475,7 +468,8 @@ class StageRun:
         evaluation_s = self._pending.get("time/evaluation_s", 0.0)
         timing = span_metrics(spans, self._recorder.active(), window, evaluation_s=evaluation_s)
         fault("commit", role="driver", rank=0, iteration=iteration)
-        self._log_row(iteration, {**metrics, **timing, **self._pending})
+        numbers = self._log_row(iteration, {**metrics, **timing, **self._pending})
+        self._status.iteration(iteration, numbers, slowest_worker(spans))
         self.iteration = iteration
         self._keep_best(iteration)
         self._begin_iteration()
@@ -517,7 +511,7 @@ class StageRun:
         assert self._parts is not None, "start_or_resume comes first"
         return self._parts
 
-    def _log_row(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+    def _log_row(self, iteration: int, metrics: Mapping[str, Any]) -> Mapping[str, Number]:
         assert self._log is not None, "start_or_resume comes first"
         numbers = self._log.write(iteration, metrics)
         self._last_metrics = numbers
@@ -532,6 +526,7 @@ class StageRun:
             if iteration == 0:
                 self._first_evaluation = evaluation
         self._view.iteration(iteration, numbers)
+        return numbers
 
     def _begin_iteration(self) -> None:
         self._pending, self._spans = {}, []
@@ -683,6 +678,13 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
     if best is None:
         return True
     return value < best if any(word in metric for word in _MINIMISED) else value > best
+
+
+def _outcome(error: BaseException | None) -> str:
+    """How a stage ended, in a word or the name of its error."""
+    if error is None:
+        return "done"
+    return "stopped" if isinstance(error, Interrupted | KeyboardInterrupt | SystemExit) else type(error).__name__
 
 
 class _StopRequest:

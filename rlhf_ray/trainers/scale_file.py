@@ -8,9 +8,7 @@ A wish has a number of its own, by which its answer is known.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,8 +17,6 @@ from typing import Any
 
 from rlhf_ray.trainers.durable import write_text
 
-LOCK = ".lock"
-"""File that a process holds locked while it works in a run's folder."""
 WISH = "scale.json"
 STANDING = "workers.json"
 ROLE = "generator"
@@ -96,21 +92,6 @@ def read_standing(folder: Path) -> Standing | None:
 def remove_standing(folder: Path) -> None:
     """From here on nobody follows wishes."""
     (folder / STANDING).unlink(missing_ok=True)
-
-
-def is_under_way(folder: Path) -> bool:
-    """Whether a process works in the run's folder; true as well where the file system has no locks."""
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -369,8 +369,13 @@ def _held_out(metric: str) -> str:
 
 def phase(activity: Activity) -> str:
     """What a call does, in words: `generator: generate`."""
-    method = "generate" if activity.method in SAMPLING else activity.method
-    return f"{activity.role}: {method.rpartition('.')[2].replace('_', ' ')}"
+    return f"{activity.role}: {in_words(activity.method)}"
+
+
+def in_words(method: str) -> str:
+    """A worker's method as a person would call it."""
+    name = "generate" if method in SAMPLING else method
+    return name.rpartition(".")[2].replace("_", " ")
 
 
 def sparkline(values: Sequence[float]) -> str:

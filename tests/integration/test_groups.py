@@ -1,11 +1,13 @@
 """Groups of real Ray actors: order, errors, deadlines, placement, reuse, ending."""
 
+import logging
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -83,6 +85,12 @@ class Worker:
         if self.place.rank == rank:
             time.sleep(seconds)
 
+    def speak(self) -> list[str]:
+        """Prints and logs; where that went."""
+        print("in brief", flush=True)
+        logging.getLogger("somebody").warning("at length")
+        return [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)]
+
     def hold(self, name: str) -> None:
         held.append(name)
 
@@ -155,6 +163,15 @@ def test_workers_of_a_rendezvous_meet(cluster: Cluster) -> None:
         assert zero["MASTER_PORT"] == one["MASTER_PORT"]
         assert zero["MASTER_ADDR"] == one["MASTER_ADDR"]
         assert group.all(Worker.reduce).result() == [3.0, 3.0]
+
+
+def test_lines_of_a_worker_carry_its_role_and_rank(cluster: Cluster) -> None:
+    for role in ("policy", "critic"):
+        with cluster.reserve([RoleRequest(role, 2, reuse="tests")]) as placement:
+            spoken = placement.start(role, Worker).all(Worker.speak).result()
+        for rank, files in enumerate(spoken):
+            out, err = (Path(file).read_text().splitlines()[-1] for file in files)
+            assert (out, err) == (f"[{role} {rank}] in brief", f"[{role} {rank}] at length")
 
 
 def test_a_dead_worker_is_named_and_the_others_are_not_waited_for(cluster: Cluster) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ TOKEN = "4f" * 32
 SECRET = "sesame-4711"
 DEADLINE_S = 180.0
 # In the second iteration of every run, so that a stop comes in the middle of it.
-PAUSE = "update:policy:0:2:sleep:8"
+PAUSE = "update:policy:0:2:sleep:15"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Head:
     address: str
     environment: dict[str, str]
 
-    def run(self, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, token: str | None = TOKEN, timeout_s: float = DEADLINE_S
+    ) -> subprocess.CompletedProcess[str]:
         """The program, with the cluster's token, another or none."""
         environment = self.environment | ({} if token is None else {"RAY_AUTH_TOKEN": token})
         command = [sys.executable, "-m", "rlhf_ray", *arguments, "--address", self.address]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
 def free_ports(count: int) -> list[int]:
@@ -55,7 +59,13 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """`ray start --head` with token authentication, ports and folders of its own."""
+    with started({"MY_KEY": SECRET, VARIABLE: PAUSE}) as running:
+        yield running
+
+
+@contextmanager
+def started(variables: Mapping[str, str]) -> Iterator[Head]:
+    """`ray start --head` with token authentication, ports and folders of its own, and further variables."""
     # Sockets lie below this folder, and their paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="rr_", dir="/tmp"))
     (folder / "ray").mkdir()
@@ -82,7 +92,7 @@ def head() -> Iterator[Head]:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
             + [f"--{name}={value}" for name, value in options.items()],
-            env=environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "MY_KEY": SECRET, VARIABLE: PAUSE},
+            env=environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN} | variables,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -130,6 +140,15 @@ def write_pipeline(folder: Path, *, run: str, iterations: int) -> Path:
     return file
 
 
+def local_status(run_dir: Path) -> str:
+    """What `rlhf-ray status` says of a folder, without a cluster."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "rlhf_ray", "status", str(run_dir)]
+    said = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert said.returncode == 0, said.stderr
+    return said.stdout
+
+
 def test_submit(tmp_path: Path, head: Head) -> None:
     file = write_pipeline(tmp_path, run="run", iterations=1)
     for token, said in ((None, "wants a token, and there is none here"), ("0" * 64, "refuses the token of RAY_AUTH")):
@@ -155,6 +174,8 @@ def test_submit(tmp_path: Path, head: Head) -> None:
     listed = head.run("list").stdout.splitlines()
     assert [line.split()[1] for line in listed[1:]] == ["FAILED", "SUCCEEDED"]
     assert "FAILED, exit code 2" in head.run("status", str(tmp_path / "run")).stdout
+    first = done.stderr.split("submitted as ")[1].split(";")[0]
+    assert "ppo (stage 1 of 1): iteration 1 of 1 done; done\n" in head.run("status", first).stdout
     known = httpx.get(f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
     assert SECRET not in known.text
     assert TOKEN not in known.text
@@ -171,6 +192,11 @@ def test_a_stopped_run_that_is_submitted_again_is_the_run_that_was_not(tmp_path:
     while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir)) < 2:
         assert time.monotonic() < deadline, head.run("logs", job).stdout
         time.sleep(0.05)
+    for said in (head.run("status", job).stdout, local_status(run_dir)):
+        lines = dict(line.split(maxsplit=1) for line in said.splitlines())
+        assert re.match(r"ppo \(stage 1 of 1\): iteration 1 of 4 done; now ", lines["phase"]), said
+        assert re.match(r"[0-9]+ s ago \| reward 0\.[0-9]+", lines["progress"]), said
+        assert re.match(r"(policy|generator) rank 0: ", lines["slowest"]), said
     ended = head.run("stop", job)
     assert (ended.returncode, ended.stdout) == (0, f"{job}: STOPPED\n")
     said = head.run("logs", job, "--follow")
@@ -185,3 +211,27 @@ def test_a_stopped_run_that_is_submitted_again_is_the_run_that_was_not(tmp_path:
     assert weights_digest(run_dir) == weights_digest(tmp_path / "whole")
     assert comparable(read_metrics(run_dir)) == comparable(read_metrics(tmp_path / "whole"))
     assert json.loads((run_dir / "ppo" / "done.json").read_text())["iteration"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_quickstart_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
+    """The shipped pipeline, vLLM and all, with fewer steps."""
+    fewer = ("sft.steps=40", "reward_model.steps=20", "ppo.iterations=5", "ppo.checkpoints.every=2")
+    quickstart = (str(ROOT / "pipelines" / "quickstart.yaml"), *fewer)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with started({}) as head:
+        done = head.run("submit", *quickstart, "--run-dir", str(whole), timeout_s=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        job = head.run("submit", *quickstart, "--run-dir", str(stopped), "--detach").stdout.strip()
+        deadline = time.monotonic() + 600
+        while not (stopped / "metrics.jsonl").exists() or len(read_metrics(stopped, "ppo")) < 3:
+            assert time.monotonic() < deadline, head.run("logs", job).stdout
+            time.sleep(0.05)
+        assert head.run("stop", job, timeout_s=600).stdout == f"{job}: STOPPED\n"
+        assert not (stopped / "ppo" / "done.json").exists()
+        again = head.run("submit", *quickstart, "--run-dir", str(stopped), timeout_s=600)
+        assert again.returncode == 0, again.stdout + again.stderr
+    for stage in ("sft", "reward_model", "ppo"):
+        assert weights_digest(stopped, stage) == weights_digest(whole, stage)
+    assert comparable(read_metrics(stopped)) == comparable(read_metrics(whole))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs
 
 TOKEN = "0123456789abcdef"
 
@@ -21,6 +22,7 @@ class Dashboard:
     ray_version: str = "2.60.0"
     jobs: list[dict[str, Any]] = field(default_factory=list)
     logs: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     version_body: bytes | None = None
     address: str = ""
     asked: list[str] = field(default_factory=list)
@@ -37,6 +39,10 @@ class Dashboard:
             return 200, self.version_body or json.dumps({"ray_version": self.ray_version}).encode()
         if path == "/api/jobs/":
             return 200, json.dumps(self.jobs).encode()
+        if path.startswith("/api/v0/logs/file?"):
+            query = parse_qs(path.partition("?")[2])
+            known = query["node_id"] == ["n1"] and query["filename"][0] in self.files
+            return (200, self.files[query["filename"][0]].encode()) if known else (500, b"A file is not found")
         name, _, verb = path.removeprefix("/api/jobs/").partition("/")
         for job in self.jobs:
             if job["submission_id"] == name and verb != "logs/tail":

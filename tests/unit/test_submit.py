@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import socket
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from rlhf_ray.cli import main
 from rlhf_ray.config.load import run_files
 from rlhf_ray.config.schema import Pipeline
+from rlhf_ray.distributed.tracing import Activity
+from rlhf_ray.status import status_rows
+from rlhf_ray.trainers.run import RunFolder
+from rlhf_ray.trainers.status import Slowest, Status
 from tests.unit.dashboard import TOKEN, Dashboard, job, serving
 
 PIPELINE = """\
@@ -159,6 +170,79 @@ def test_status_and_logs(project: Path, dashboard: Dashboard, capsys: pytest.Cap
     assert exit_code("logs", "a-1", "--follow", "--address", dashboard.address) == 3
     assert capsys.readouterr().out == "step 1\nstep 2\n"
     assert "has no run 'a-2'; did you mean `a-1`?" in refusal(capsys, "logs", "a-2", "--address", dashboard.address)
+
+
+def written(**changes: object) -> Status:
+    """A status that was written two seconds ago."""
+    values: dict[str, Any] = {
+        "stage": "ppo",
+        "stages": ("sft", "ppo"),
+        "unit": "iteration",
+        "iteration": 3,
+        "total": 9,
+        "outcome": None,
+        "written_s": time.time() - 2,
+        "progress_s": time.time() - 65,
+        "metrics": {"reward/mean": 0.5, "kl/per_sequence": 1.25, "kl/k1": 3.0},
+        "active": (Activity("policy", "update", time.time() - 4, 2),),
+        "slowest": Slowest("policy", 1, "update", 7.0, 4.5),
+    }
+    return Status(**values | changes)
+
+
+def test_the_status_of_a_run_that_goes_on(
+    project: Path, dashboard: Dashboard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dashboard.jobs = [job("a-1", "RUNNING", start_time=1000, driver_node_id="n1")]
+    dashboard.files = {"job-driver-a-1.note.json": json.dumps(asdict(written()))}
+    assert exit_code("status", "a-1", "--address", dashboard.address) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    phase = r"ppo \(stage 2 of 2\): iteration 3 of 9 done; now policy: update for [45] s"
+    assert re.fullmatch(phase, lines["phase"])
+    assert re.fullmatch(r"1 min [56] s ago \| reward 0.500 \| KL 1.25 nats", lines["progress"])
+    assert lines["slowest"] == "policy rank 1: update 7.0 s, the others of its role 4.5 s"
+    # A later job of the same run has written it.
+    dashboard.jobs = [job("a-1", "STOPPED", start_time=1000, end_time=2000, driver_node_id="n1")]
+    assert exit_code("status", "a-1", "--address", dashboard.address) == 0
+    assert "phase" not in capsys.readouterr().out
+
+
+def test_a_status_in_words() -> None:
+    now = time.time()
+    alone = written(slowest=Slowest("critic", 0, "update", 7.0, None), active=(), progress_s=None)
+    rows = status_rows(alone, now=now, running=True)
+    assert rows["phase"].endswith("; now the driver")
+    assert rows["slowest"] == "critic rank 0: update 7.0 s"
+    assert "progress" not in rows
+    silent = status_rows(written(written_s=now - 300), now=now, running=True)["silent"]
+    assert silent == "the driver has written nothing for 5 min 0 s"
+    for outcome, words in (("done", "done"), ("stopped", "stopped"), ("WorkerError", "failed by WorkerError")):
+        assert status_rows(written(outcome=outcome), now=now, running=False)["phase"].endswith(f"done; {words}")
+    assert status_rows(written(), now=now, running=False)["phase"].endswith("it has ended without a word")
+
+
+def test_the_status_of_a_folder(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lines() -> dict[str, str]:
+        assert exit_code("status", "run") == 0
+        return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+    folder = project / "run"
+    folder.mkdir()
+    assert "no cluster is named" in refusal(capsys, "status", "run")
+    (folder / "config.yaml").write_text("")
+    assert lines()["state"] == "not running; go on with  rlhf-ray resume run"
+    (folder / "metrics.jsonl").write_text('{"stage": "sft", "iteration": 7, "policy/loss": 2.5}\n')
+    assert lines()["phase"] == "sft: 7 done"
+    assert lines()["progress"].endswith(" s ago | loss 2.5000")
+    (folder / "status.json").write_text(json.dumps(asdict(written())))
+    assert lines()["phase"].endswith("it has ended without a word")
+    with RunFolder.open(folder):
+        assert lines()["state"] == f"going on in process {os.getpid()} on {socket.gethostname()}"
+        assert "; now policy: update for " in lines()["phase"]
+    (folder / "status.json").write_text(json.dumps(asdict(written(outcome="done"))))
+    assert lines()["state"] == "done"
+    (folder / "status.json").write_text(json.dumps(asdict(written(outcome="done", stage="sft"))))
+    assert lines()["state"].startswith("not running")
 
 
 def test_ctrl_c_leaves_the_run_alone(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.errors import WorkerError
-from rlhf_ray.trainers.scale_file import Standing, Wish, is_under_way, read_standing, read_wish, wish_for
+from rlhf_ray.trainers.scale_file import Standing, Wish, read_standing, read_wish, wish_for
 from rlhf_ray.trainers.scaling import Scaling
 
 
@@ -247,4 +247,3 @@ def test_a_wish_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_wish(tmp_path) == wish == Wish("ppo", 3, wish.number)
     assert wish_for(tmp_path, stage="ppo", generator=3) != wish
     assert json.loads((tmp_path / "scale.json").read_text())["generator"] == 3
-    assert not is_under_way(tmp_path)

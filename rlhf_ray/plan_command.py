@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,9 +30,17 @@ def plan_command(
         ),
     ] = None,
     here: Annotated[bool, typer.Option("--here", help="Compare with this machine.")] = False,
+    measured: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_DIR", help="Correct the times by what an earlier run took.", show_default=False),
+    ] = None,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option(min=0, metavar="PRICE", help="Of one GPU for an hour; gives the cost.")
+    ] = None,
+    scaling: Annotated[bool, typer.Option("--scaling", help="Show the time on up to 4096 GPUs.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Print batches, placement and memory of a pipeline; starts no Ray and loads no model."""
+    """Print batches, placement, memory and time of a pipeline; starts no Ray and loads no model."""
     with exit_codes():
         if here and cluster is not None:
             raise ConfigError("got both of --here and --cluster, wanted one of them")
@@ -39,12 +48,15 @@ def plan_command(
         from rlhf_ray.plan.cluster import parse_cluster, this_machine, unnamed_cluster
 
         shape = this_machine() if here else unnamed_cluster() if cluster is None else parse_cluster(cluster)
+        from rlhf_ray.plan.measured import NOTHING, read_measured
         from rlhf_ray.plan.report import as_json, make_plan, plan_tables
 
-        plan = make_plan(config, shape, named=here or cluster is not None)
+        figures = NOTHING if measured is None else read_measured(measured, config, shape)
+        named = here or cluster is not None
+        plan = make_plan(config, shape, named=named, measured=figures, price=gpu_hour_price)
         if json_output:
             import json
 
             print(json.dumps(as_json(plan), indent=2))
         else:
-            show(plan_tables(plan))
+            show(plan_tables(plan, scaling=scaling))

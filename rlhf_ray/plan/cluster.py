@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rlhf_ray.distributed.placement import Capacity, Share
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.plan.hardware import CORE, Device, find_gpu, measure_core
 
 PLENTY = 1_000_000.0
 """Stands for as many as are asked for."""
@@ -25,6 +27,8 @@ class ClusterShape:
         gpus: GPUs of each; PLENTY where nothing is said of them.
         gpu_gib: memory of each GPU; None where it is not known.
         host_gib: memory of each node; None where it is not known.
+        gpu: what each GPU can do; None where there is none, or no figures of it are known.
+        core: what each CPU core can do.
     """
 
     text: str
@@ -33,11 +37,18 @@ class ClusterShape:
     gpus: float
     gpu_gib: float | None
     host_gib: float | None
+    gpu: Device | None = field(default=None, compare=False)
+    core: Device = field(default=CORE, compare=False)
 
     @property
     def node(self) -> Share:
         """What one node has."""
         return Share(self.cpus, self.gpus)
+
+    @property
+    def total_gpus(self) -> float:
+        """GPUs of all nodes."""
+        return self.nodes * self.gpus
 
     @property
     def all_nodes(self) -> Sequence[Share]:
@@ -70,7 +81,7 @@ def parse_cluster(text: str) -> ClusterShape:
     nodes, each, memory = int(found["nodes"]), float(found["each"]), float(found["memory"])
     if found["name"].upper() == "CPU":
         return ClusterShape(text.strip(), nodes, each, 0.0, None, memory)
-    return ClusterShape(text.strip(), nodes, PLENTY, each, memory, None)
+    return ClusterShape(text.strip(), nodes, PLENTY, each, memory, None, find_gpu(found["name"]))
 
 
 def this_machine() -> ClusterShape:
@@ -87,4 +98,19 @@ def this_machine() -> ClusterShape:
         gpus=float(gpus),
         gpu_gib=smallest or None,
         host_gib=psutil.virtual_memory().total / 2**30,
+        gpu=find_gpu(torch.cuda.get_device_name(0)) if gpus else None,
+        core=measure_core(),
     )
+
+
+def cluster_as_object(cluster: ClusterShape) -> dict[str, Any]:
+    """The cluster as JSON can write it; what is not limited is null."""
+    found = asdict(cluster)
+    return found | {name: None for name in ("cpus", "gpus") if found[name] >= PLENTY}
+
+
+def cluster_of(values: dict[str, Any]) -> ClusterShape:
+    """What `cluster_as_object` wrote."""
+    limits = {name: PLENTY if values[name] is None else values[name] for name in ("cpus", "gpus")}
+    gpu = None if values["gpu"] is None else Device(**values["gpu"])
+    return ClusterShape(**(values | limits | {"gpu": gpu, "core": Device(**values["core"])}))

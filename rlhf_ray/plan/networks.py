@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["language_model", "critic", "language_model_and_critic", "classifier"]
 Device = Literal["cpu", "cuda"]
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _CAPS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
@@ -33,6 +34,7 @@ class Network:
     Args:
         parameters: all of them, those used twice counted once.
         trained: those that get gradients.
+        multiplied: those that every token is multiplied with; of several experts those that a token goes to.
         quantisable: those in linear layers, which QLoRA holds in 4 bits.
         largest: of the largest single tensor.
         layers: number of blocks.
@@ -45,6 +47,7 @@ class Network:
 
     parameters: int
     trained: int
+    multiplied: int
     quantisable: int
     largest: int
     layers: int
@@ -133,6 +136,10 @@ def _network(
     return Network(
         parameters=sum(each.numel() for each in of_network) + head,
         trained=sum(each.numel() for each in of_network if each.requires_grad) + head,
+        multiplied=_multiplied(
+            of_network, text, None if output is None else output.weight, built.get_input_embeddings().weight
+        )
+        + head,
         quantisable=_quantisable(built, output),
         largest=max(each.numel() for each in of_network),
         layers=int(text.num_hidden_layers),
@@ -204,6 +211,17 @@ def _kept(built: PreTrainedModel, tokens: int, *, causal: bool) -> int:
         built.base_model(input_ids=ids, **left_to_right)
     # Holding on to the storages keeps their numbers from being given to others.
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _multiplied(parameters: Sequence[torch.Tensor], text: Any, output: Any, table: torch.Tensor) -> int:
+    """Elements of matrices, without the input's embeddings unless they are the output layer's weight too."""
+    experts = next((found for name in _EXPERTS if (found := getattr(text, name, None))), 1)
+    share = (getattr(text, "num_experts_per_tok", None) or experts) / experts
+    return sum(
+        round(each.numel() * (share if each.dim() == 3 else 1))
+        for each in parameters
+        if each.dim() > 1 and (each is not table or output is table)
+    )
 
 
 def _quantisable(built: PreTrainedModel, output: Any) -> int:

@@ -14,7 +14,9 @@ from rich.text import Text
 from rlhf_ray.config import schema
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
 from rlhf_ray.plan.cluster import PLENTY, ClusterShape
-from rlhf_ray.plan.data import check_data
+from rlhf_ray.plan.data import check_data, data_lengths
+from rlhf_ray.plan.estimate import StageEstimate, estimate_stage, scaling_tables, time_lines, time_table
+from rlhf_ray.plan.measured import NOTHING, Measured
 from rlhf_ray.plan.memory import StageMemory, plan_memory
 from rlhf_ray.plan.placement import StagePlacement, plan_placement
 
@@ -31,6 +33,9 @@ class Plan:
         placement: what is reserved, in the order of time.
         arithmetic: each stage in numbers.
         memory: of what is reserved, in the same order as the placement.
+        time: of each stage.
+        measured: how many calls of each stage have the figures of an earlier run.
+        price: of a GPU-hour; None where none is given.
     """
 
     cluster: ClusterShape
@@ -38,6 +43,9 @@ class Plan:
     placement: tuple[StagePlacement, ...]
     arithmetic: tuple[StageArithmetic, ...]
     memory: tuple[StageMemory, ...]
+    time: tuple[StageEstimate, ...]
+    measured: dict[str, int]
+    price: float | None
 
     @property
     def fits(self) -> bool:
@@ -45,23 +53,42 @@ class Plan:
         return all(each.shortage is None for each in self.placement) and all(m.fits is not False for m in self.memory)
 
 
-def make_plan(config: schema.Pipeline, cluster: ClusterShape, *, named: bool) -> Plan:
+def make_plan(
+    config: schema.Pipeline,
+    cluster: ClusterShape,
+    *,
+    named: bool,
+    measured: Measured = NOTHING,
+    price: float | None = None,
+) -> Plan:
     """The plan of a pipeline; reads and checks its data, and starts nothing.
+
+    Args:
+        config: the pipeline.
+        cluster: what it is made for.
+        named: whether the user named a cluster.
+        measured: figures of an earlier run.
+        price: of a GPU-hour.
 
     Raises:
         UserError: data is wrong, or a model cannot be read.
     """
     rows = check_data(config)
-    gpus = cluster.nodes * cluster.gpus
+    gpus = cluster.total_gpus
     strategy = config.placement.strategy
-    placement, numbers, memory = [], [], []
+    placement, numbers, memory, time = [], [], [], []
     for stage in config.stages:
         found = arithmetic(stage, known_rows(stage, rows[stage.name]), gpus=gpus)
         reserved = plan_placement(stage, cluster, strategy=strategy)
+        of_stage = [plan_memory(config, stage, each, found, cluster) for each in reserved]
         numbers.append(found)
         placement += reserved
-        memory += [plan_memory(config, stage, each, found, cluster) for each in reserved]
-    return Plan(cluster, named, tuple(placement), tuple(numbers), tuple(memory))
+        memory += of_stage
+        lengths = measured.lengths.get(stage.name) or data_lengths(stage)
+        factors = measured.factors.get(stage.name, {})
+        time.append(estimate_stage(config, stage, found, reserved[-1], of_stage[-1], cluster, lengths, factors))
+    used = {name: len(factors) for name, factors in measured.factors.items()}
+    return Plan(cluster, named, tuple(placement), tuple(numbers), tuple(memory), tuple(time), used, price)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -71,6 +98,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         written["fits"] = stage.fits
         for role, of_role in zip(stage.roles, written["roles"], strict=True):
             of_role |= {"total": role.total, "fits": role.fits}
+    for estimate, written in zip(plan.time, found["time"], strict=True):
+        if (time := estimate.time) is not None:
+            written["time"] |= {
+                "iteration_s": time.iteration_s,
+                "run_s": time.run_s,
+                "gpu_hours": time.gpu_hours,
+                "cost": None if plan.price is None or time.gpu_hours is None else plan.price * time.gpu_hours,
+            }
     return {"fits": plan.fits if found.pop("named") else None} | found
 
 
@@ -82,13 +117,28 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and value >= PLENTY else value
 
 
-def plan_tables(plan: Plan) -> RenderableType:
-    """The tables, each under its heading."""
+def plan_tables(plan: Plan, *, scaling: bool) -> RenderableType:
+    """The tables, each under its heading.
+
+    Args:
+        plan: what they show.
+        scaling: the time on more GPUs too, a table for each stage.
+    """
     parts: list[RenderableType] = [_heading("Batches"), _arithmetic_table(plan.arithmetic)]
     parts += [_heading(f"Placement on {plan.cluster.text}"), _placement_table(plan)]
     parts += [Text(line) for line in _placement_lines(plan)]
     parts += [_heading("\nMemory of one worker at its peak, GiB"), _memory_table(plan.memory)]
     parts += [Text(line) for line in _memory_lines(plan)]
+    if any(each.time is not None for each in plan.time):
+        parts += [_heading(f"\nTime of an iteration on {plan.cluster.text}"), time_table(plan.time, plan.price)]
+        parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
+        parts += [
+            part
+            for stage, table in (scaling_tables(plan.time) if scaling else [])
+            for part in (_heading(f"\n{stage} on more GPUs, the batch unchanged"), table)
+        ]
+    elif plan.named:
+        parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
     return Group(*parts)
 
 

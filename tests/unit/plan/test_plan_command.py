@@ -54,6 +54,28 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["cluster"]["cpus"] is None
 
 
+def test_time_cost_and_scaling(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80", "--scaling", "--gpu-hour-price", "1000")
+    for words in (
+        "Time of an iteration on 1x8xH100-80",
+        "GPU-hours",
+        "ppo on more GPUs",
+        "generation tail: the longest",
+    ):
+        assert words in out
+    _, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80", "--gpu-hour-price", "1000", "--json")
+    plan = json.loads(out)
+    time = plan["time"][-1]["time"]
+    assert time["cost"] == pytest.approx(1000 * time["gpu_hours"])
+    assert time["gpu_hours"] == pytest.approx(time["run_s"] * time["gpus"] / 3600)
+    assert "on more GPUs" not in out
+
+
+def test_a_gpu_without_figures_has_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xT4-16")
+    assert "ppo: no time, there are no figures of its GPUs." in out
+
+
 def test_without_a_cluster_nothing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, PIPELINE, "--json")
     assert (code, json.loads(out)["fits"]) == (0, None)
@@ -70,6 +92,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--cluster", "two H100"], "--cluster: got 'two H100', wanted NODESxGPUSxNAME-GB"),
         (["--cluster", "1x1xA-1", "--here"], "got both of --here and --cluster"),
+        (["--here", "--measured", "tests"], "--measured: tests holds no run"),
         (["ppo.iterations=none"], "ppo.iterations"),
     ],
 )

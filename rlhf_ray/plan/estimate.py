@@ -48,7 +48,7 @@ class StageEstimate:
 def hardware(cluster: ClusterShape) -> Hardware:
     """What the workers of a cluster compute on."""
     each = _GPUS_PER_NODE if cluster.gpus >= PLENTY else int(cluster.gpus)
-    return Hardware(cluster.gpu, cluster.core, each, cluster.nodes * cluster.cpus)
+    return Hardware(cluster.gpu, cluster.core, each, cluster.total_cpus)
 
 
 def estimator(

@@ -23,10 +23,8 @@ from rlhf_ray.plan.estimate import estimator
 from rlhf_ray.plan.memory import plan_memory
 from rlhf_ray.plan.placement import plan_placement
 from rlhf_ray.plan.time import Factors, Task
-from rlhf_ray.trainers.metric_rows import read_metrics
+from rlhf_ray.trainers.metric_rows import PLAN_FILE, read_metrics
 
-PLAN_FILE = "plan.json"
-"""In a run's folder, what was planned for it."""
 Row = Mapping[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""A run's plan, written before its first stage, and beside it what each stage then took: memory and seconds by role.
+"""A run's plan beside what each of its stages took: memory and seconds by role.
 
 plan.json in the run's folder has the cluster, and by stage GiB of each role's worker and seconds of each task.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rlhf_ray.config import schema
+from rlhf_ray.distributed.nodes import nodes_of_ray
 from rlhf_ray.plan.arithmetic import arithmetic, known_rows
-from rlhf_ray.plan.cluster import ClusterShape, cluster_as_object
+from rlhf_ray.plan.cluster import ClusterShape, cluster_as_object, running_cluster
 from rlhf_ray.plan.data import data_lengths
 from rlhf_ray.plan.estimate import estimate_stage, seconds
-from rlhf_ray.plan.measured import PLAN_FILE, Row, steady_rows, task_seconds
+from rlhf_ray.plan.hardware import measure_core
+from rlhf_ray.plan.measured import Row, steady_rows, task_seconds
 from rlhf_ray.plan.memory import plan_memory
 from rlhf_ray.plan.placement import plan_placement
 from rlhf_ray.trainers.durable import write_text
-from rlhf_ray.trainers.metric_rows import read_metrics
+from rlhf_ray.trainers.metric_rows import PLAN_FILE, read_metrics
 
 
 @dataclass(frozen=True)
@@ -45,48 +47,64 @@ class Compared:
     measured_s: float | None
 
 
-def predict(config: schema.Pipeline, rows: Mapping[str, dict[str, int]], cluster: ClusterShape) -> dict[str, Any]:
-    """The plan of a run as plan.json has it.
+class RunPlan:
+    """The plan of a run on the cluster where it runs; of each stage it is worked out when the stage is done.
+
+    Building networks takes seconds that a run's start should not: what is known beforehand is all that it uses.
 
     Args:
         config: the pipeline.
         rows: of each stage's data, as `check_data` counts them.
-        cluster: what it runs on.
+        run_dir: the run's folder.
     """
-    stages = {}
-    for stage in config.stages:
-        numbers = arithmetic(stage, known_rows(stage, rows[stage.name]), gpus=cluster.total_gpus)
-        placement = plan_placement(stage, cluster, strategy=config.placement.strategy)[-1]
-        memory = plan_memory(config, stage, placement, numbers, cluster)
-        time = estimate_stage(
-            config, stage, numbers, placement, memory, cluster, data_lengths(stage), {}, most_gpus=0
-        ).time
-        stages[stage.name] = {
-            "memory_gib": {role.role: round(role.total, 4) for role in memory.roles},
-            "iteration_s": None if time is None else time.iteration_s,
-            "tasks": []
-            if time is None
-            else [{"role": t.role, "name": t.name, "seconds": t.seconds} for t in time.tasks],
-        }
-    return {"cluster": cluster_as_object(cluster), "stages": stages}
+
+    def __init__(self, config: schema.Pipeline, rows: Mapping[str, dict[str, int]], run_dir: Path) -> None:
+        self._config, self._rows, self._run_dir = config, rows, run_dir
+        self._cluster: ClusterShape | None = None
+
+    def compare(self, stage: schema.Stage) -> list[Compared]:
+        """A stage that is done beside its plan, which is written to plan.json; empty where it has no iteration."""
+        if self._cluster is None:
+            self._cluster = running_cluster(nodes_of_ray(), "the cluster of this run")
+            if not self._cluster.total_gpus:
+                self._cluster = replace(self._cluster, core=measure_core())
+        planned = predict(self._config, stage, known_rows(stage, self._rows[stage.name]), self._cluster)
+        path = self._run_dir / PLAN_FILE
+        before = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
+        plan = {"cluster": cluster_as_object(self._cluster), "stages": {**before, stage.name: planned}}
+        write_text(path, json.dumps(plan, indent=1, allow_nan=False))
+        return compared(planned, read_metrics(self._run_dir, stage.name))
 
 
-def write_prediction(run_dir: Path, prediction: Mapping[str, Any]) -> None:
-    """Writes plan.json."""
-    write_text(run_dir / PLAN_FILE, json.dumps(prediction, indent=1, allow_nan=False))
+def predict(config: schema.Pipeline, stage: schema.Stage, rows: int | None, cluster: ClusterShape) -> dict[str, Any]:
+    """A stage's part of plan.json.
 
-
-def compare(run_dir: Path, stage: str) -> list[Compared]:
-    """A stage of a run beside its plan, role by role; empty where it was not planned or has no iteration."""
-    path = run_dir / PLAN_FILE
-    planned = json.loads(path.read_text(encoding="utf-8"))["stages"].get(stage) if path.is_file() else None
-    rows = read_metrics(run_dir, stage)
-    return [] if planned is None or not rows else compared(planned, rows)
+    Args:
+        config: the pipeline.
+        stage: one of its stages.
+        rows: of its data; None where an earlier stage writes them.
+        cluster: what it runs on, of which all is taken to be free.
+    """
+    cluster = replace(cluster, running=tuple(replace(node, free=node.has) for node in cluster.running))
+    numbers = arithmetic(stage, rows, gpus=cluster.total_gpus)
+    placement = plan_placement(stage, cluster, strategy=config.placement.strategy)[-1]
+    memory = plan_memory(config, stage, placement, numbers, cluster)
+    lengths = data_lengths(stage)
+    time = estimate_stage(config, stage, numbers, placement, memory, cluster, lengths, {}, most_gpus=0).time
+    return {
+        "memory_gib": {role.role: round(role.total, 4) for role in memory.roles},
+        "iteration_s": None if time is None else time.iteration_s,
+        "tasks": [
+            {"role": task.role, "name": task.name, "seconds": task.seconds} for task in (time.tasks if time else ())
+        ],
+    }
 
 
 def compared(planned: Mapping[str, Any], rows: Sequence[Row]) -> list[Compared]:
     """A stage's rows of metrics beside its part of plan.json."""
     steady = steady_rows(rows)
+    if not steady:
+        return []
     tasks: dict[str, list[Mapping[str, Any]]] = {}
     for task in planned["tasks"]:
         tasks.setdefault("sync" if task["name"] == "sync" else task["role"], []).append(task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.options import Overrides, PipelineFile
 from rlhf_ray.terminal import exit_codes, show
+
+if TYPE_CHECKING:
+    from rlhf_ray.plan.cluster import ClusterShape
 
 
 def add_plan(app: typer.Typer) -> None:
@@ -29,6 +32,15 @@ def plan_command(
             show_default=False,
         ),
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Compare with a running cluster: its dashboard (HOST:8265), or on one of its machines HOST:6379 or "
+            "auto.",
+            show_default=False,
+        ),
+    ] = None,
     here: Annotated[bool, typer.Option("--here", help="Compare with this machine.")] = False,
     measured: Annotated[
         Path | None,
@@ -42,21 +54,31 @@ def plan_command(
 ) -> None:
     """Print batches, placement, memory and time of a pipeline; starts no Ray and loads no model."""
     with exit_codes():
-        if here and cluster is not None:
-            raise ConfigError("got both of --here and --cluster, wanted one of them")
+        given = [name for name, value in (("--here", here), ("--cluster", cluster), ("--address", address)) if value]
+        if len(given) > 1:
+            raise ConfigError(f"got {' and '.join(given)}, wanted one of them")
         config = load_pipeline(pipeline, overrides or [])
-        from rlhf_ray.plan.cluster import parse_cluster, this_machine, unnamed_cluster
-
-        shape = this_machine() if here else unnamed_cluster() if cluster is None else parse_cluster(cluster)
+        shape = _cluster(here=here, cluster=cluster, address=address)
         from rlhf_ray.plan.measured import NOTHING, read_measured
         from rlhf_ray.plan.report import as_json, make_plan, plan_tables
 
         figures = NOTHING if measured is None else read_measured(measured, config, shape)
-        named = here or cluster is not None
-        plan = make_plan(config, shape, named=named, measured=figures, price=gpu_hour_price)
+        plan = make_plan(config, shape, named=bool(given), measured=figures, price=gpu_hour_price)
         if json_output:
             import json
 
             print(json.dumps(as_json(plan), indent=2))
         else:
             show(plan_tables(plan, scaling=scaling))
+
+
+def _cluster(*, here: bool, cluster: str | None, address: str | None) -> ClusterShape:
+    from rlhf_ray.plan.cluster import parse_cluster, running_cluster, this_machine, unnamed_cluster
+
+    if here:
+        return this_machine()
+    if address is not None:
+        from rlhf_ray.distributed.nodes import cluster_nodes
+
+        return running_cluster(cluster_nodes(address), address)
+    return unnamed_cluster() if cluster is None else parse_cluster(cluster)

@@ -116,14 +116,20 @@ def this_machine() -> ClusterShape:
 
 
 def running_cluster(nodes: Sequence[Node], text: str) -> ClusterShape:
-    """The nodes of a running cluster; of several types of GPU the one that the first of them has."""
+    """The nodes of a running cluster; of several types of GPU the one that the first of them has.
+
+    Raises:
+        ConfigError: it has no node.
+    """
+    if not nodes:
+        raise ConfigError(f"{text} has no node that is up")
     gpu = next((found for node in nodes if (found := find_gpu(node.gpu)) is not None), None)
     return ClusterShape(
         text=text,
         nodes=len(nodes),
         cpus=max(node.has.cpus for node in nodes),
         gpus=max(node.has.gpus for node in nodes),
-        gpu_gib=None if gpu is None else gpu.gib,
+        gpu_gib=min((node.gpu_gib for node in nodes if node.gpu_gib), default=None if gpu is None else gpu.gib),
         host_gib=min(node.memory_gib for node in nodes),
         gpu=gpu,
         running=tuple(nodes),

@@ -237,6 +237,13 @@ def _placement_lines(plan: Plan) -> list[str]:
         lines.append(
             "No cluster is named: every worker gets what it asks for. --here or --cluster 2x8xH100-80 compares."
         )
+    elif cluster.running:
+        for node in cluster.running:
+            free, has = node.free, node.has
+            lines.append(
+                f"{node.address}: {free.cpus:g} of {has.cpus:g} CPUs and {free.gpus:g} of {has.gpus:g} GPUs are free"
+                f"{f' ({node.gpu})' if node.gpu else ''}."
+            )
     else:
         cpus = "unknown CPUs" if cluster.cpus >= PLENTY else f"{cluster.cpus:g} CPUs"
         lines.append(f"There are {cluster.nodes} x ({cpus}, {cluster.gpus:g} GPUs).")

@@ -114,8 +114,11 @@ def test_ppo_runs_to_its_end(changes: dict[str, Any], tmp_path: Path, cluster: C
 
     planned = json.loads((tmp_path / "run/plan.json").read_text())["stages"]["ppo"]
     tasks = {"sync/time_s" if task["name"] == "sync" else f"time/{task['name']}_s" for task in planned["tasks"]}
-    phases = {name for name in rows[2] if name.startswith("time/") and name.removesuffix("_s").endswith(PLANNED)}
-    assert tasks == phases | {"sync/time_s"}
+    named = {*rows[1], *rows[2]}
+    phases = {name for name in named if name.startswith("time/") and name.removesuffix("_s").endswith(PLANNED)}
+    assert tasks <= named
+    # The probe of a sync asks for log-probabilities too.
+    assert phases - tasks <= {"time/policy_logprobs_s"}
     assert set(planned["memory_gib"]) == {name[:-16] for name in rows[2] if name.endswith("/peak_memory_gib")}
 
 

@@ -185,3 +185,12 @@ def test_a_stopped_run_that_is_submitted_again_is_the_run_that_was_not(tmp_path:
     assert weights_digest(run_dir) == weights_digest(tmp_path / "whole")
     assert comparable(read_metrics(run_dir)) == comparable(read_metrics(tmp_path / "whole"))
     assert json.loads((run_dir / "ppo" / "done.json").read_text())["iteration"] == 4
+
+
+def test_a_plan_sees_the_clusters_nodes(head: Head) -> None:
+    planned = head.run("plan", "pipelines/quickstart.yaml")
+    assert planned.returncode == 0, planned.stderr
+    assert "of 4 CPUs and 0 of 0 GPUs are free." in planned.stdout
+    refused = head.run("plan", "pipelines/quickstart.yaml", token=None)
+    assert refused.returncode == 2
+    assert "wants a token" in refused.stderr

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.cli import main
+from rlhf_ray.distributed.nodes import Node
+from rlhf_ray.distributed.placement import Share
 
 PIPELINE = "pipelines/quickstart.yaml"
 
@@ -76,6 +78,21 @@ def test_a_gpu_without_figures_has_no_time(capsys: pytest.CaptureFixture[str]) -
     assert "ppo: no time, there are no figures of its GPUs." in out
 
 
+def test_a_running_cluster_of_uneven_nodes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        Node("10.0.0.1", Share(8, 0), Share(7, 0), 30.0, ""),
+        Node("10.0.0.2", Share(32, 4), Share(30, 3), 400.0, "H100", 80.0),
+    ]
+    monkeypatch.setattr("rlhf_ray.distributed.nodes.cluster_nodes", lambda address: nodes)
+    _, out, _ = run(capsys, PIPELINE, "--address", "head:8265")
+    assert "10.0.0.2: 30 of 32 CPUs and 3 of 4 GPUs are free (H100)." in out
+    assert "Every stage has its workers' room." in out
+    assert "Time of an iteration on head:8265" in out
+    # Of four GPUs one is taken.
+    _, out, _ = run(capsys, PIPELINE, "ppo.policy.workers=3", "ppo.policy.gpus=1", "--address", "head:8265")
+    assert "3 of 4 are free" in out
+
+
 def test_without_a_cluster_nothing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, PIPELINE, "--json")
     assert (code, json.loads(out)["fits"]) == (0, None)
@@ -91,7 +108,9 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "words"),
     [
         (["--cluster", "two H100"], "--cluster: got 'two H100', wanted NODESxGPUSxNAME-GB"),
-        (["--cluster", "1x1xA-1", "--here"], "got both of --here and --cluster"),
+        (["--cluster", "1x1xA-1", "--here"], "got --here and --cluster, wanted one of them"),
+        (["--address", "http://127.0.0.1:1"], "http://127.0.0.1:1 cannot be reached"),
+        (["--address", "127.0.0.1:1:6379"], "--address: got '127.0.0.1:1:6379'"),
         (["--here", "--measured", "tests"], "--measured: tests holds no run"),
         (["ppo.iterations=none"], "ppo.iterations"),
     ],

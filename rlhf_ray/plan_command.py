@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray.config.load import load_pipeline
+from rlhf_ray.config.load import has_stages, load_pipeline
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.options import Overrides, PipelineFile
 from rlhf_ray.terminal import exit_codes, show
 
 if TYPE_CHECKING:
     from rlhf_ray.plan.cluster import ClusterShape
+    from rlhf_ray.plan.suggest import Suggestion
 
 
 def add_plan(app: typer.Typer) -> None:
@@ -49,6 +50,9 @@ def plan_command(
     gpu_hour_price: Annotated[
         float | None, typer.Option(min=0, metavar="PRICE", help="Of one GPU for an hour; gives the cost.")
     ] = None,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Find the placement that fits and is the fastest, and plan with it.")
+    ] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="Show the time on up to 4096 GPUs.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -60,15 +64,32 @@ def plan_command(
         config = load_pipeline(pipeline, overrides or [])
         shape = _cluster(here=here, cluster=cluster, address=address)
         from rlhf_ray.plan.measured import NOTHING, read_measured
-        from rlhf_ray.plan.report import as_json, make_plan, plan_tables
+        from rlhf_ray.plan.report import (
+            as_json,
+            make_plan,
+            make_suggestions,
+            plan_tables,
+            suggested_overrides,
+            suggestion_lines,
+        )
 
         figures = NOTHING if measured is None else read_measured(measured, config, shape)
+        lines: list[str] = []
+        suggestions: tuple[Suggestion, ...] = ()
+        if suggest:
+            suggestions = make_suggestions(config, shape, figures)
+            chosen = suggested_overrides(suggestions, named=has_stages(pipeline))
+            lines = suggestion_lines(suggestions, chosen, shape)
+            config = load_pipeline(pipeline, [*(overrides or ()), *chosen])
         plan = make_plan(config, shape, named=bool(given), measured=figures, price=gpu_hour_price)
         if json_output:
             import json
 
-            print(json.dumps(as_json(plan), indent=2))
+            found = {each.stage: each.settings for each in suggestions}
+            print(json.dumps(as_json(plan) | ({"suggested": found} if suggest else {}), indent=2))
         else:
+            if lines:
+                show("\n".join([*lines, ""]))
             show(plan_tables(plan, scaling=scaling))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -69,6 +70,13 @@ def model_config(config: schema.Pipeline, name: str | schema.NewModel, revision:
         name, revision = policy.model, policy.revision
     if isinstance(name, schema.NewModel):
         return new_config(name)
+    file = Path(name) / "config.json"
+    return _loaded(name, revision, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@cache
+def _loaded(name: str, revision: str | None, changed: int) -> PretrainedConfig:
+    """The configuration of a model as it was when it was changed last."""
     quiet_transformers()
     return load_config(name, revision)
 

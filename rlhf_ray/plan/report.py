@@ -12,13 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.config import schema
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
 from rlhf_ray.plan.cluster import PLENTY, ClusterShape
 from rlhf_ray.plan.data import check_data, data_lengths
-from rlhf_ray.plan.estimate import StageEstimate, estimate_stage, scaling_tables, time_lines, time_table
+from rlhf_ray.plan.estimate import (
+    StageEstimate,
+    estimate_stage,
+    scaling_tables,
+    seconds,
+    time_lines,
+    time_table,
+)
 from rlhf_ray.plan.measured import NOTHING, Measured
-from rlhf_ray.plan.memory import StageMemory, plan_memory
+from rlhf_ray.plan.memory import StageMemory, plan_memory, yaml_text
 from rlhf_ray.plan.placement import StagePlacement, plan_placement
+from rlhf_ray.plan.suggest import Suggestion, refusal, suggest
 
 _UNKNOWN = "?"
 
@@ -89,6 +98,58 @@ def make_plan(
         time.append(estimate_stage(config, stage, found, reserved[-1], of_stage[-1], cluster, lengths, factors))
     used = {name: len(factors) for name, factors in measured.factors.items()}
     return Plan(cluster, named, tuple(placement), tuple(numbers), tuple(memory), tuple(time), used, price)
+
+
+def make_suggestions(
+    config: schema.Pipeline, cluster: ClusterShape, measured: Measured = NOTHING
+) -> tuple[Suggestion, ...]:
+    """The fastest placement of every stage on a cluster.
+
+    Raises:
+        UserError: data is wrong, a model cannot be read, or nothing can be said of this cluster.
+    """
+    why = refusal(cluster)
+    if why is not None:
+        raise ConfigError(f"--suggest: {why}")
+    rows = check_data(config)
+    return tuple(
+        suggest(
+            config,
+            stage,
+            known_rows(stage, rows[stage.name]),
+            cluster,
+            measured.lengths.get(stage.name) or data_lengths(stage),
+            measured.factors.get(stage.name, {}),
+        )
+        for stage in config.stages
+    )
+
+
+def suggested_overrides(suggestions: Sequence[Suggestion], *, named: bool) -> list[str]:
+    """The settings as overrides, each behind its stage's name where stages are `named`."""
+    return [
+        f"{each.stage + '.' if named else ''}{key}={yaml_text(value)}"
+        for each in suggestions
+        for key, value in each.settings.items()
+    ]
+
+
+def suggestion_lines(suggestions: Sequence[Suggestion], overrides: Sequence[str], cluster: ClusterShape) -> list[str]:
+    """What is suggested, in words and as overrides to be put behind the pipeline's file."""
+    lines = [
+        f"Suggested for {cluster.text}, the fastest that fits by the estimate:",
+        *(f"  {each}" for each in overrides),
+    ]
+    for each in suggestions:
+        if each.reason:
+            lines.append(f"{each.stage}: nothing fits: {each.reason}.")
+        elif not each.settings:
+            lines.append(f"{each.stage}: its own settings are the fastest.")
+        else:
+            assert each.iteration_s is not None, "a suggestion has its time"
+            before = "does not fit" if each.before_s is None else f"takes {seconds(each.before_s)}"
+            lines.append(f"{each.stage}: an iteration takes {seconds(each.iteration_s)}; as it is it {before}.")
+    return lines
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

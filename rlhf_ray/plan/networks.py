@@ -69,9 +69,12 @@ def model_config(config: schema.Pipeline, name: str | schema.NewModel, revision:
     while isinstance(name, str) and (policy := made.get(name)) is not None:
         name, revision = policy.model, policy.revision
     if isinstance(name, schema.NewModel):
-        return new_config(name)
+        return _new(name)
     file = Path(name) / "config.json"
     return _loaded(name, revision, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+_new = cache(new_config)
 
 
 @cache
@@ -103,8 +106,7 @@ def network(
     Raises:
         ConfigError: there is no such network of this architecture.
     """
-    key = model.to_json_string(use_diff=False)
-    return _network(_Configured(key, model), kind, dtype, lora, row_tokens, device)
+    return _network(_configured(model), kind, dtype, lora, row_tokens, device)
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,17 @@ class _Configured:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+
+_seen: dict[int, _Configured] = {}
+
+
+def _configured(model: PretrainedConfig) -> _Configured:
+    """The configuration as a key, written once: writing it takes longer than all that is worked out from it."""
+    found = _seen.get(id(model))
+    if found is None:
+        found = _seen[id(model)] = _Configured(model.to_json_string(use_diff=False), model)
+    return found
 
 
 @cache

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
 from ray._private.state import available_resources_per_node
 
-from rlhf_ray.distributed.jobs import JobServer, connect
 from rlhf_ray.distributed.placement import Capacity, Cluster, Share
 from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_ray.distributed.jobs import JobServer
 
 RAY_PORT = 6379
 _JOIN_S = 10.0
@@ -54,7 +57,9 @@ def cluster_nodes(address: str) -> list[Node]:
                 return nodes_of_ray()
         except ConfigError as error:
             raise ConfigError(str(error).replace("placement.address", "--address")) from None
-    return nodes_of_dashboard(connect(address))
+    from rlhf_ray.distributed import jobs
+
+    return nodes_of_dashboard(jobs.connect(address))
 
 
 def nodes_of_dashboard(server: JobServer) -> list[Node]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+from rich.console import Console
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import run_files
@@ -10,6 +13,7 @@ from rlhf_ray.distributed.background import in_background
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.plan import check_data
+from rlhf_ray.plan.prediction import RunPlan, comparison_table
 from rlhf_ray.stages.collect import run_collect
 from rlhf_ray.stages.dpo import run_dpo
 from rlhf_ray.stages.ppo import run_ppo
@@ -17,6 +21,8 @@ from rlhf_ray.stages.site import Site, StageData, known_before_start, load_data,
 from rlhf_ray.stages.supervised import run_supervised
 from rlhf_ray.trainers.metrics import check_tracking
 from rlhf_ray.trainers.run import RunFolder
+
+_WIDTH = 120
 
 
 def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -> None:
@@ -33,7 +39,7 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
         RlhfRayError: anything else that went wrong, with role, rank and method.
     """
     check_tracking(config.tracking)
-    check_data(config)
+    rows = check_data(config)
     files = run_files(config, pipeline_dir=pipeline_dir)
     folder = RunFolder.open(config.run_dir) if resume else RunFolder.create(config.run_dir, files)
     with folder:
@@ -53,14 +59,29 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
             recorder=recorder,
         ) as cluster:
             site = Site(config, folder, cluster, recorder, pipeline_dir, early.result())
+            plan = RunPlan(config, rows, folder.path)
             for stage in config.stages:
                 if site.result(stage) is None:
                     _run_stage(site, stage)
+                    _show_plan(plan, stage)
 
 
 def _early_data(config: schema.Pipeline) -> dict[str, StageData]:
     """The data that no stage of this pipeline makes, by stage."""
     return {s.name: load_data(s, str(s.policy.model), config.seed) for s in known_before_start(config)}
+
+
+def _show_plan(plan: RunPlan, stage: schema.Stage) -> None:
+    """Prints the stage beside its plan. Whatever is wrong with a plan is said, and ends no run."""
+    try:
+        found = plan.compare(stage)
+    except Exception as error:
+        print(f"[{stage.name}] there is no plan to compare with: {type(error).__name__}: {error}", flush=True)
+        return
+    if found:
+        print(f"[{stage.name}] planned and measured, for each worker and iteration", flush=True)
+        width = None if sys.stdout.isatty() else _WIDTH
+        Console(highlight=False, width=width).print(comparison_table(found))
 
 
 def _run_stage(site: Site, stage: schema.Stage) -> None:

@@ -100,7 +100,11 @@ def test_a_command_works(
         monkeypatch.chdir(tmp_path)
         assert exit_code(*arguments) == 2
         assert arguments[1] in capsys.readouterr().err
-    elif arguments[0] in ("submit", "list", "stop"):
+    elif "--measured" in arguments:
+        *arguments, folder = arguments
+        assert exit_code(*arguments, str(tmp_path / folder)) == 2
+        assert f"{folder} holds no run" in capsys.readouterr().err
+    elif arguments[0] in ("submit", "list", "stop") or "--address" in arguments:
         # tests/integration/test_submit.py has a cluster; here none is at the address.
         def nobody(address: str | None) -> None:
             raise errors.ConfigError(f"nobody at {address}")

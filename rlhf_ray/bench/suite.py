@@ -52,6 +52,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "scale": Benchmark("two workers against one; cost over model size, batch, length and samples", _WHOLE),
     "startup": Benchmark("from the command to the first token against Ray, engine and learner by themselves", _WHOLE),
     "memory": Benchmark("peak memory of logits and of large preference sets", (*_LEARNER, "ray")),
+    "plan": Benchmark("planned memory and time of a PPO run against what it takes", _WHOLE),
     "contention": Benchmark("throughput beside a foreign busy process", _WHOLE),
 }
 

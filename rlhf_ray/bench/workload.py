@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-Size = Literal["s", "m", "l"]
+Size = Literal["s", "sm", "m", "l"]
 
 END = "<end>"
 _END_CHANCE = 1 / 64
@@ -24,7 +24,7 @@ _END_CHANCE = 1 / 64
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a model's size; s has 9 M, m 82 M and l 200 M parameters."""
+    """What decides a model's size; s has 9 M, sm 52 M, m 82 M and l 200 M parameters."""
 
     hidden: int
     layers: int
@@ -35,6 +35,7 @@ class Shape:
 
 SHAPES: dict[Size, Shape] = {
     "s": Shape(hidden=256, layers=6, intermediate=1280, heads=4, key_value_heads=2),
+    "sm": Shape(hidden=640, layers=10, intermediate=1792, heads=10, key_value_heads=5),
     "m": Shape(hidden=768, layers=12, intermediate=2048, heads=12, key_value_heads=6),
     "l": Shape(hidden=1024, layers=16, intermediate=3072, heads=16, key_value_heads=8),
 }

@@ -108,6 +108,11 @@ def stages_of_run(run_dir: Path) -> list[str]:
     return _read(file).stage_names() if file.is_file() else []
 
 
+def has_stages(path: str | Path) -> bool:
+    """Whether a pipeline file lists stages, whose names stand in front of their settings in overrides."""
+    return not _read(Path(path)).single
+
+
 def read_origin(run_dir: Path) -> tuple[Path, Path]:
     """A run's pipeline folder and working directory; where nothing is noted, the run's folder and the present one."""
     try:

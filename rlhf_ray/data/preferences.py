@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import isfinite
 from typing import TYPE_CHECKING, Literal
 
@@ -97,6 +98,16 @@ def check_preferences(data: PreferenceData) -> dict[str, int]:
     """
     groups = {"train": data.train, "evaluation": data.evaluation or ()}
     return {name: sum(_count(data, source) for source in sources) for name, sources in groups.items()}
+
+
+def pair_characters(data: PreferenceData, rows: int) -> list[int]:
+    """Characters of a prompt with one of its answers, the mean of both, of the first pairs of every training source."""
+    found = (pair for source in data.train for pair in islice(_pairs(data, source), rows) if pair is not None)
+    return [_characters(pair.prompt) + (len(pair.chosen) + len(pair.rejected)) // 2 for pair in found]
+
+
+def _characters(prompt: str | list[Message]) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(each["content"]) for each in prompt)
 
 
 def _count(data: PreferenceData, source: Source) -> int:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -39,6 +40,15 @@ def check_prompts(data: PromptData) -> dict[str, int]:
     """
     groups = {"train": data.train, "evaluation": data.evaluation or ()}
     return {name: sum(1 for source in sources for _ in _rows(data, source)) for name, sources in groups.items()}
+
+
+def prompt_characters(data: PromptData, rows: int) -> list[int]:
+    """Characters of each of the first prompts of every training source, `rows` of each."""
+    first = (row for source in data.train for row in islice(_rows(data, source), rows))
+    return [
+        len(row.prompt) if isinstance(row.prompt, str) else sum(len(each["content"]) for each in row.prompt)
+        for row in first
+    ]
 
 
 def _rows(data: PromptData, source: Source) -> Iterator[_Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -44,11 +45,11 @@ def check_texts(data: TextData) -> dict[str, int]:
     return {name: sum(1 for source in sources for _ in _rows(data, source)) for name, sources in groups.items()}
 
 
-def texts_for_tokenizer(data: TextData) -> list[str]:
-    """The raw training texts, prompts included, to train a fresh tokenizer on."""
-    rows = (row for source in data.train for row in _rows(data, source))
+def texts_for_tokenizer(data: TextData, rows: int | None = None) -> list[str]:
+    """The raw training texts, prompts included, to train a fresh tokenizer on; of each source the first `rows`."""
+    found = (row for source in data.train for row in islice(_rows(data, source), rows))
     return [
-        "\n".join(m["content"] for m in row.messages) if row.messages else row.prompt + row.response for row in rows
+        "\n".join(m["content"] for m in row.messages) if row.messages else row.prompt + row.response for row in found
     ]
 
 

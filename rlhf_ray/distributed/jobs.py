@@ -135,6 +135,10 @@ class JobServer:
         except (LostError, ConfigError):
             return None
 
+    def state(self, path: str) -> Any:
+        """What the dashboard tells of the cluster under a path: the `data` of its answer."""
+        return self._ask("GET", path).json()["data"]
+
     def stop(self, job_id: str) -> bool:
         """Asks Ray to send the job a SIGTERM; false where it has ended before."""
         return bool(self._ask("POST", f"/api/jobs/{job_id}/stop").json()["stopped"])
@@ -231,7 +235,7 @@ class JobServer:
             answer = httpx.request(method, self.address + path, headers=self._headers, timeout=REQUEST_S)
         except httpx.HTTPError as error:
             raise LostError(f"{self.address} answers no more: {_first_line(error)}") from None
-        if answer.status_code == 404:
+        if answer.status_code == 404 and path.startswith("/api/jobs/"):
             raise ConfigError(f"{self.address} knows no job {path.split('/')[3]!r}; `rlhf-ray list` shows its jobs")
         if answer.status_code in (401, 403):
             raise ConfigError(f"{self.address} refuses the token (status {answer.status_code})")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from rlhf_ray.distributed.nodes import Node, capacity
 from rlhf_ray.distributed.placement import Capacity, Share
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.plan.hardware import CORE, Device, find_gpu, measure_core
 
 PLENTY = 1_000_000.0
 """Stands for as many as are asked for."""
@@ -16,15 +19,18 @@ _TEXT = re.compile(r"(?P<nodes>\d+)x(?P<each>\d+)x(?P<name>[A-Za-z][\w+]*)-(?P<m
 
 @dataclass(frozen=True)
 class ClusterShape:
-    """Nodes that are all alike.
+    """Nodes that are all alike, or those of a running cluster.
 
     Args:
         text: as the user named it.
         nodes: how many.
-        cpus: CPU cores of each; PLENTY where nothing is said of them.
-        gpus: GPUs of each; PLENTY where nothing is said of them.
+        cpus: CPU cores of each, of the largest where they differ; PLENTY where nothing is said of them.
+        gpus: GPUs of each, of the largest where they differ; PLENTY where nothing is said of them.
         gpu_gib: memory of each GPU; None where it is not known.
         host_gib: memory of each node; None where it is not known.
+        gpu: what each GPU can do; None where there is none, or no figures of it are known.
+        core: what each CPU core can do.
+        running: each node of a running cluster; empty where nothing runs, and all of it is free.
     """
 
     text: str
@@ -33,6 +39,9 @@ class ClusterShape:
     gpus: float
     gpu_gib: float | None
     host_gib: float | None
+    gpu: Device | None = field(default=None, compare=False)
+    core: Device = field(default=CORE, compare=False)
+    running: tuple[Node, ...] = ()
 
     @property
     def node(self) -> Share:
@@ -40,12 +49,26 @@ class ClusterShape:
         return Share(self.cpus, self.gpus)
 
     @property
+    def total_gpus(self) -> float:
+        """GPUs of all nodes."""
+        return sum(node.has.gpus for node in self.running) if self.running else self.nodes * self.gpus
+
+    @property
+    def total_cpus(self) -> float:
+        """CPU cores of all nodes."""
+        return sum(node.has.cpus for node in self.running) if self.running else self.nodes * self.cpus
+
+    @property
     def all_nodes(self) -> Sequence[Share]:
-        """Every node."""
+        """What is free of every node."""
+        if self.running:
+            return [node.free for node in self.running]
         return [self.node] * self.nodes
 
     def capacity(self) -> Capacity:
-        """All of it, which is all free."""
+        """All of it, and what is free of it."""
+        if self.running:
+            return capacity(list(self.running))
         cpus, gpus = self.nodes * self.cpus, self.nodes * self.gpus
         return Capacity(cpus, gpus, cpus, gpus, self.all_nodes)
 
@@ -70,7 +93,7 @@ def parse_cluster(text: str) -> ClusterShape:
     nodes, each, memory = int(found["nodes"]), float(found["each"]), float(found["memory"])
     if found["name"].upper() == "CPU":
         return ClusterShape(text.strip(), nodes, each, 0.0, None, memory)
-    return ClusterShape(text.strip(), nodes, PLENTY, each, memory, None)
+    return ClusterShape(text.strip(), nodes, PLENTY, each, memory, None, find_gpu(found["name"]))
 
 
 def this_machine() -> ClusterShape:
@@ -87,4 +110,43 @@ def this_machine() -> ClusterShape:
         gpus=float(gpus),
         gpu_gib=smallest or None,
         host_gib=psutil.virtual_memory().total / 2**30,
+        gpu=find_gpu(torch.cuda.get_device_name(0)) if gpus else None,
+        core=measure_core(),
     )
+
+
+def running_cluster(nodes: Sequence[Node], text: str) -> ClusterShape:
+    """The nodes of a running cluster; of several types of GPU the one that the first of them has.
+
+    Raises:
+        ConfigError: it has no node.
+    """
+    if not nodes:
+        raise ConfigError(f"{text} has no node that is up")
+    gpu = next((found for node in nodes if (found := find_gpu(node.gpu)) is not None), None)
+    return ClusterShape(
+        text=text,
+        nodes=len(nodes),
+        cpus=max(node.has.cpus for node in nodes),
+        gpus=max(node.has.gpus for node in nodes),
+        gpu_gib=min((node.gpu_gib for node in nodes if node.gpu_gib), default=None if gpu is None else gpu.gib),
+        host_gib=min(node.memory_gib for node in nodes),
+        gpu=gpu,
+        running=tuple(nodes),
+    )
+
+
+def cluster_as_object(cluster: ClusterShape) -> dict[str, Any]:
+    """The cluster as JSON can write it; what is not limited is null."""
+    found = asdict(cluster)
+    return found | {name: None for name in ("cpus", "gpus") if found[name] >= PLENTY}
+
+
+def cluster_of(values: dict[str, Any]) -> ClusterShape:
+    """What `cluster_as_object` wrote."""
+    limits = {name: PLENTY if values[name] is None else values[name] for name in ("cpus", "gpus")}
+    gpu = None if values["gpu"] is None else Device(**values["gpu"])
+    running = tuple(
+        Node(**(each | {"has": Share(**each["has"]), "free": Share(**each["free"])})) for each in values["running"]
+    )
+    return ClusterShape(**(values | limits | {"gpu": gpu, "core": Device(**values["core"]), "running": running}))

@@ -417,7 +417,7 @@ class _Planner:
         found = []
         for change in entry.tries:
             after = sum(entry.parts(entry.settings.model_copy(update=change))[0].values())
-            text = " ".join(f"{entry.section}.{key}={_yaml(value)}" for key, value in change.items())
+            text = " ".join(f"{entry.section}.{key}={yaml_text(value)}" for key, value in change.items())
             times = 1 if entry.placed.share.gpus else entry.placed.workers
             found.append((times * (before - after) / GIB, text))
         return found
@@ -581,5 +581,6 @@ def _best(savings: list[tuple[float, str]], missing: float) -> str | None:
     return f"{text} saves {saved:.2f} GiB" + ("" if saved >= missing else f" of the {missing:.2f} GiB that are missing")
 
 
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value}"
+def yaml_text(value: Any) -> str:
+    """A setting's value as an override has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"

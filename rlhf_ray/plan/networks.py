@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["language_model", "critic", "language_model_and_critic", "classifier"]
 Device = Literal["cpu", "cuda"]
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _CAPS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
@@ -33,6 +35,7 @@ class Network:
     Args:
         parameters: all of them, those used twice counted once.
         trained: those that get gradients.
+        multiplied: those that every token is multiplied with; of several experts those that a token goes to.
         quantisable: those in linear layers, which QLoRA holds in 4 bits.
         largest: of the largest single tensor.
         layers: number of blocks.
@@ -45,6 +48,7 @@ class Network:
 
     parameters: int
     trained: int
+    multiplied: int
     quantisable: int
     largest: int
     layers: int
@@ -65,7 +69,17 @@ def model_config(config: schema.Pipeline, name: str | schema.NewModel, revision:
     while isinstance(name, str) and (policy := made.get(name)) is not None:
         name, revision = policy.model, policy.revision
     if isinstance(name, schema.NewModel):
-        return new_config(name)
+        return _new(name)
+    file = Path(name) / "config.json"
+    return _loaded(name, revision, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+_new = cache(new_config)
+
+
+@cache
+def _loaded(name: str, revision: str | None, changed: int) -> PretrainedConfig:
+    """The configuration of a model as it was when it was changed last."""
     quiet_transformers()
     return load_config(name, revision)
 
@@ -92,8 +106,7 @@ def network(
     Raises:
         ConfigError: there is no such network of this architecture.
     """
-    key = model.to_json_string(use_diff=False)
-    return _network(_Configured(key, model), kind, dtype, lora, row_tokens, device)
+    return _network(_configured(model), kind, dtype, lora, row_tokens, device)
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,17 @@ class _Configured:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+
+_seen: dict[int, _Configured] = {}
+
+
+def _configured(model: PretrainedConfig) -> _Configured:
+    """The configuration as a key, written once: writing it takes longer than all that is worked out from it."""
+    found = _seen.get(id(model))
+    if found is None:
+        found = _seen[id(model)] = _Configured(model.to_json_string(use_diff=False), model)
+    return found
 
 
 @cache
@@ -133,6 +157,10 @@ def _network(
     return Network(
         parameters=sum(each.numel() for each in of_network) + head,
         trained=sum(each.numel() for each in of_network if each.requires_grad) + head,
+        multiplied=_multiplied(
+            of_network, text, None if output is None else output.weight, built.get_input_embeddings().weight
+        )
+        + head,
         quantisable=_quantisable(built, output),
         largest=max(each.numel() for each in of_network),
         layers=int(text.num_hidden_layers),
@@ -204,6 +232,17 @@ def _kept(built: PreTrainedModel, tokens: int, *, causal: bool) -> int:
         built.base_model(input_ids=ids, **left_to_right)
     # Holding on to the storages keeps their numbers from being given to others.
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _multiplied(parameters: Sequence[torch.Tensor], text: Any, output: Any, table: torch.Tensor) -> int:
+    """Elements of matrices, without the input's embeddings unless they are the output layer's weight too."""
+    experts = next((found for name in _EXPERTS if (found := getattr(text, name, None))), 1)
+    share = (getattr(text, "num_experts_per_tok", None) or experts) / experts
+    return sum(
+        round(each.numel() * (share if each.dim() == 3 else 1))
+        for each in parameters
+        if each.dim() > 1 and (each is not table or output is table)
+    )
 
 
 def _quantisable(built: PreTrainedModel, output: Any) -> int:

@@ -80,7 +80,7 @@ def plan_placement(stage: schema.Stage, cluster: ClusterShape, *, strategy: str)
     """What the stage reserves, in the order of time; a reference that a cache may spare is counted."""
     return [
         _placed(stage.name, while_, requests, cluster, strategy, refusal)
-        for while_, requests, refusal in _phases(stage, gpus=cluster.nodes * cluster.gpus)
+        for while_, requests, refusal in _phases(stage, gpus=cluster.total_gpus)
     ]
 
 

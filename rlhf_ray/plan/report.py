@@ -14,11 +14,22 @@ from rich.text import Text
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.layouts import layout_settings
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
 from rlhf_ray.plan.cluster import PLENTY, ClusterShape
-from rlhf_ray.plan.data import check_data
-from rlhf_ray.plan.memory import StageMemory, plan_memory
+from rlhf_ray.plan.data import check_data, data_lengths
+from rlhf_ray.plan.estimate import (
+    StageEstimate,
+    estimate_stage,
+    scaling_tables,
+    seconds,
+    time_lines,
+    time_table,
+)
+from rlhf_ray.plan.measured import NOTHING, Measured
+from rlhf_ray.plan.memory import StageMemory, plan_memory, yaml_text
 from rlhf_ray.plan.placement import StagePlacement, plan_placement
+from rlhf_ray.plan.suggest import Suggestion, refusal, suggest
 
 _UNKNOWN = "?"
 
@@ -34,6 +45,9 @@ class Plan:
         placement: what is reserved, in the order of time.
         arithmetic: each stage in numbers.
         memory: of what is reserved, in the same order as the placement.
+        time: of each stage.
+        measured: how many calls of each stage have the figures of an earlier run.
+        price: of a GPU-hour; None where none is given.
     """
 
     cluster: ClusterShape
@@ -42,6 +56,9 @@ class Plan:
     placement: tuple[StagePlacement, ...]
     arithmetic: tuple[StageArithmetic, ...]
     memory: tuple[StageMemory, ...]
+    time: tuple[StageEstimate, ...]
+    measured: dict[str, int]
+    price: float | None
 
     @property
     def fits(self) -> bool:
@@ -49,23 +66,44 @@ class Plan:
         return all(each.shortage is None for each in self.placement) and all(m.fits is not False for m in self.memory)
 
 
-def make_plan(config: schema.Pipeline, cluster: ClusterShape, *, named: bool) -> Plan:
+def make_plan(
+    config: schema.Pipeline,
+    cluster: ClusterShape,
+    *,
+    named: bool,
+    measured: Measured = NOTHING,
+    price: float | None = None,
+) -> Plan:
     """The plan of a pipeline; reads and checks its data, and starts nothing.
+
+    Args:
+        config: the pipeline.
+        cluster: what it is made for.
+        named: whether the user named a cluster.
+        measured: figures of an earlier run.
+        price: of a GPU-hour.
 
     Raises:
         UserError: data is wrong, or a model cannot be read.
     """
     rows = check_data(config)
-    gpus = cluster.nodes * cluster.gpus
+    gpus = cluster.total_gpus
     strategy = config.placement.strategy
-    placement, numbers, memory = [], [], []
+    placement, numbers, memory, time = [], [], [], []
     for stage in config.stages:
         found = arithmetic(stage, known_rows(stage, rows[stage.name]), gpus=gpus)
         reserved = plan_placement(stage, cluster, strategy=strategy)
+        of_stage = [plan_memory(config, stage, each, found, cluster) for each in reserved]
         numbers.append(found)
         placement += reserved
-        memory += [plan_memory(config, stage, each, found, cluster) for each in reserved]
-    return Plan(cluster, named, _layout(config), tuple(placement), tuple(numbers), tuple(memory))
+        memory += of_stage
+        lengths = measured.lengths.get(stage.name) or data_lengths(stage)
+        factors = measured.factors.get(stage.name, {})
+        time.append(estimate_stage(config, stage, found, reserved[-1], of_stage[-1], cluster, lengths, factors))
+    used = {name: len(factors) for name, factors in measured.factors.items()}
+    return Plan(
+        cluster, named, _layout(config), tuple(placement), tuple(numbers), tuple(memory), tuple(time), used, price
+    )
 
 
 def _layout(config: schema.Pipeline) -> dict[str, dict[str, Any]]:
@@ -74,6 +112,58 @@ def _layout(config: schema.Pipeline) -> dict[str, dict[str, Any]]:
         assert isinstance(index, int), "settings of a layout are those of a stage"
         found.setdefault(config.stages[index].name, {})[".".join(map(str, key))] = value
     return found
+
+
+def make_suggestions(
+    config: schema.Pipeline, cluster: ClusterShape, measured: Measured = NOTHING
+) -> tuple[Suggestion, ...]:
+    """The fastest placement of every stage on a cluster.
+
+    Raises:
+        UserError: data is wrong, a model cannot be read, or nothing can be said of this cluster.
+    """
+    why = refusal(cluster)
+    if why is not None:
+        raise ConfigError(f"--suggest: {why}")
+    rows = check_data(config)
+    return tuple(
+        suggest(
+            config,
+            stage,
+            known_rows(stage, rows[stage.name]),
+            cluster,
+            measured.lengths.get(stage.name) or data_lengths(stage),
+            measured.factors.get(stage.name, {}),
+        )
+        for stage in config.stages
+    )
+
+
+def suggested_overrides(suggestions: Sequence[Suggestion], *, named: bool) -> list[str]:
+    """The settings as overrides, each behind its stage's name where stages are `named`."""
+    return [
+        f"{each.stage + '.' if named else ''}{key}={yaml_text(value)}"
+        for each in suggestions
+        for key, value in each.settings.items()
+    ]
+
+
+def suggestion_lines(suggestions: Sequence[Suggestion], overrides: Sequence[str], cluster: ClusterShape) -> list[str]:
+    """What is suggested, in words and as overrides to be put behind the pipeline's file."""
+    lines = [
+        f"Suggested for {cluster.text}, the fastest that fits by the estimate:",
+        *(f"  {each}" for each in overrides),
+    ]
+    for each in suggestions:
+        if each.reason:
+            lines.append(f"{each.stage}: nothing fits: {each.reason}.")
+        elif not each.settings:
+            lines.append(f"{each.stage}: its own settings are the fastest.")
+        else:
+            assert each.iteration_s is not None, "a suggestion has its time"
+            before = "does not fit" if each.before_s is None else f"takes {seconds(each.before_s)}"
+            lines.append(f"{each.stage}: an iteration takes {seconds(each.iteration_s)}; as it is it {before}.")
+    return lines
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -85,6 +175,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
             of_role |= {"total": role.total, "fits": role.fits}
         for shared, of_shared in zip(stage.shared, written["shared"], strict=True):
             of_shared["fits"] = shared.fits
+    for estimate, written in zip(plan.time, found["time"], strict=True):
+        if (time := estimate.time) is not None:
+            written["time"] |= {
+                "iteration_s": time.iteration_s,
+                "run_s": time.run_s,
+                "gpu_hours": time.gpu_hours,
+                "cost": None if plan.price is None or time.gpu_hours is None else plan.price * time.gpu_hours,
+            }
     return {"fits": plan.fits if found.pop("named") else None} | found
 
 
@@ -96,13 +194,28 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and value >= PLENTY else value
 
 
-def plan_tables(plan: Plan) -> RenderableType:
-    """The tables, each under its heading."""
+def plan_tables(plan: Plan, *, scaling: bool) -> RenderableType:
+    """The tables, each under its heading.
+
+    Args:
+        plan: what they show.
+        scaling: the time on more GPUs too, a table for each stage.
+    """
     parts: list[RenderableType] = [_heading("Batches"), _arithmetic_table(plan.arithmetic)]
     parts += [_heading(f"Placement on {plan.cluster.text}"), _placement_table(plan)]
     parts += [Text(line) for line in _placement_lines(plan)]
     parts += [_heading("\nMemory of one worker at its peak, GiB"), _memory_table(plan.memory)]
     parts += [Text(line) for line in _memory_lines(plan)]
+    if any(each.time is not None for each in plan.time):
+        parts += [_heading(f"\nTime of an iteration on {plan.cluster.text}"), time_table(plan.time, plan.price)]
+        parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
+        parts += [
+            part
+            for stage, table in (scaling_tables(plan.time) if scaling else [])
+            for part in (_heading(f"\n{stage} on more GPUs, the batch unchanged"), table)
+        ]
+    elif plan.named:
+        parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
     return Group(*parts)
 
 
@@ -213,6 +326,13 @@ def _placement_lines(plan: Plan) -> list[str]:
         lines.append(
             "No cluster is named: every worker gets what it asks for. --here or --cluster 2x8xH100-80 compares."
         )
+    elif cluster.running:
+        for node in cluster.running:
+            free, has = node.free, node.has
+            lines.append(
+                f"{node.address}: {free.cpus:g} of {has.cpus:g} CPUs and {free.gpus:g} of {has.gpus:g} GPUs are free"
+                f"{f' ({node.gpu})' if node.gpu else ''}."
+            )
     else:
         cpus = "unknown CPUs" if cluster.cpus >= PLENTY else f"{cluster.cpus:g} CPUs"
         lines.append(f"There are {cluster.nodes} x ({cpus}, {cluster.gpus:g} GPUs).")

@@ -13,7 +13,7 @@ import yaml
 
 from rlhf_ray.config.load import CONFIG_FILE
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.trainers.metric_rows import read_metrics
+from rlhf_ray.trainers.metric_rows import PLAN_FILE, read_metrics
 from rlhf_ray.trainers.model_card import redact
 from rlhf_ray.trainers.trace import FILE as TRACE
 from rlhf_ray.trainers.trace import read_trace
@@ -57,6 +57,7 @@ class StageHistory:
         rows: its rows of metrics.jsonl.
         elapsed_s: seconds spent in it; None while it is not done.
         samples: None where it keeps none.
+        planned_gib: peak memory of one worker of each role as it was planned; empty where it was not.
     """
 
     name: str
@@ -64,6 +65,7 @@ class StageHistory:
     rows: list[dict[str, Any]]
     elapsed_s: float | None
     samples: Samples | None
+    planned_gib: dict[str, float]
 
     @property
     def iteration(self) -> int:
@@ -119,7 +121,7 @@ def read_run(path: Path) -> RunHistory:
         raise ConfigError(f"{path / CONFIG_FILE}: is damaged: {error}; {wanted}") from error
     if not rows:
         raise ConfigError(f"{path} has no metrics yet: no iteration has ended; try again when one has")
-    methods = _methods(settings)
+    methods, planned = _methods(settings), _planned_gib(path / PLAN_FILE)
     names = list(dict.fromkeys(row["stage"] for row in rows))
     stages = tuple(
         StageHistory(
@@ -128,6 +130,7 @@ def read_run(path: Path) -> RunHistory:
             rows=[row for row in rows if row["stage"] == name],
             elapsed_s=_elapsed_s(path / name / "done.json"),
             samples=_samples(path / name),
+            planned_gib=planned.get(name, {}),
         )
         for name in names
     )
@@ -139,6 +142,15 @@ def read_run(path: Path) -> RunHistory:
         events=events,
         settings=redact(settings) if isinstance(settings, dict) else {},
     )
+
+
+def _planned_gib(path: Path) -> dict[str, dict[str, float]]:
+    """Stage -> role -> GiB; none where nothing was planned, or the file is damaged."""
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        return {stage: dict(planned["memory_gib"]) for stage, planned in stages.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _methods(settings: Any) -> dict[str, str]:

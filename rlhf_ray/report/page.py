@@ -239,6 +239,8 @@ def _roles(run: RunHistory, stage: StageHistory, title: str) -> str:
         longer = [phase_name(other, "") for other in roles if other != role and other.startswith(role)]
         phases = [name for name in phases if not any(name.startswith(f"time/{other}") for other in longer)]
         seconds = {name: _median(stage.values(name)) for name in phases}
+        planned = stage.planned_gib.get(role)
+        memory = f"{peaks[role]:.2f} GiB" + ("" if planned is None else f", planned {planned:.2f}")
         told = " · ".join(
             f"{escape(name.removeprefix('time/').removeprefix(own).removesuffix('_s').replace('_', ' '))}"
             f"&nbsp;{_seconds(value)}"
@@ -247,7 +249,7 @@ def _roles(run: RunHistory, stage: StageHistory, title: str) -> str:
         rows.append(
             f"<tr><th>{escape(role)}</th><td>{_bar(busy, f'{busy:.0%}')}</td>"
             f"<td>{f'{_median(rate):,.0f}' if rate else '–'}</td>"
-            f"<td>{_bar(peaks[role] / most, f'{peaks[role]:.2f} GiB') if peaks[role] else '–'}</td>"
+            f"<td>{_bar(peaks[role] / most, memory) if peaks[role] else '–'}</td>"
             f'<td class="wide">{told}</td></tr>'
         )
     idle = stage.values("time/idle_share")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "metrics.jsonl"
+PLAN_FILE = "plan.json"
+"""Beside it, what was planned for the run."""
 
 _log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from rlhf_ray.data.batches import PreferencePairs, Sequences
 from rlhf_ray.data.preferences import PreferenceSet
 from rlhf_ray.distributed.groups import WorkerGroup
 from rlhf_ray.shapes import SequenceFloat
+from rlhf_ray.trainers.evaluation import worker_metrics
 from rlhf_ray.trainers.metrics import prefixed
 from rlhf_ray.trainers.preference_report import report_pairs
 from rlhf_ray.trainers.run import StageRun
@@ -37,7 +38,10 @@ def train_reward_model(
         stats = policy.all(Learner.update, batch, objective, epochs=1, mini_batches=1, iteration=step).result()[0]
         metrics = prefixed("policy", stats)
         metrics["policy/tokens"] = float(batch.chosen.attention_mask.sum() + batch.rejected.attention_mask.sum())
-        if held_out is not None and run.evaluation_due(step, every=config.evaluation.every):
+        due = run.evaluation_due(step, every=config.evaluation.every)
+        if due:
+            metrics |= worker_metrics({"policy": policy.all(Learner.memory)}, {})
+        if held_out is not None and due:
             with run.evaluating():
                 metrics |= evaluate_pairs(policy, held_out.all(), run, iteration=step)
         run.finish_iteration(metrics)

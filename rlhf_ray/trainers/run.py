@@ -17,7 +17,7 @@
 
 The folder:
 
-    config.yaml  metrics.jsonl  trace.json  status.json  tensorboard/
+    config.yaml  metrics.jsonl  plan.json  trace.json  status.json  tensorboard/
     <stage>/rollouts/iteration_000001.parquet     every sample
     <stage>/evaluation/iteration_000000.parquet   every sample of an evaluation
     <stage>/evaluation/preferences_000060.json    what the scores of held-out pairs say

@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 from rlhf_ray.config.load import load_pipeline
+from rlhf_ray.distributed.nodes import nodes_of_ray
+from rlhf_ray.distributed.placement import Cluster, Share
 from rlhf_ray.plan.cluster import ClusterShape
 from rlhf_ray.plan.placement import plan_placement
 
@@ -39,6 +41,14 @@ def test_the_bundles_are_those_that_ray_reserves() -> None:
     reserved = json.loads(printed.splitlines()[-1])
     wanted = [[share.bundle() for _, share in group] for group in planned.groups]
     assert _in_order(reserved) == _in_order(wanted)
+
+
+def test_the_nodes_of_a_running_ray(cluster: Cluster) -> None:
+    (node,) = nodes_of_ray()
+    assert node.has == Share(4, 0)
+    assert 0 <= node.free.cpus <= 4
+    assert node.memory_gib > 1
+    assert node.gpu == ""
 
 
 def _in_order(groups: list[list[dict[str, float]]]) -> list[list[list[tuple[str, float]]]]:

@@ -1,5 +1,6 @@
 """PPO on the real stack: every estimator, critic and ZeRO stage runs to its end with attested weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests.integration.tiny_runs import run, tiny_ppo
 from tests.tiny_models import make_classifier, make_gpt2, make_reward_model
 
 TWO = {"policy": {"workers": 2, "zero": 2}, "generator": {"workers": 2}}
+
+PLANNED = ("generate", "_score", "_logprobs", "_values", "_update")
 
 CASES: dict[str, dict[str, Any]] = {
     "gae, 2 learners of ZeRO-2, 2 generators": TWO | {"critic": {"workers": 2, "zero": 2}},
@@ -108,6 +111,15 @@ def test_ppo_runs_to_its_end(changes: dict[str, Any], tmp_path: Path, cluster: C
     weights = zip(trained.parameters(), before.parameters(), strict=True)
     assert any(not torch.equal(one, other) for one, other in weights)
     assert AutoTokenizer.from_pretrained(model)("film")["input_ids"]
+
+    planned = json.loads((tmp_path / "run/plan.json").read_text())["stages"]["ppo"]
+    tasks = {"sync/time_s" if task["name"] == "sync" else f"time/{task['name']}_s" for task in planned["tasks"]}
+    named = {*rows[1], *rows[2]}
+    phases = {name for name in named if name.startswith("time/") and name.removesuffix("_s").endswith(PLANNED)}
+    assert tasks <= named
+    # The probe of a sync asks for log-probabilities too.
+    assert phases - tasks <= {"time/policy_logprobs_s"}
+    assert set(planned["memory_gib"]) == {name[:-16] for name in rows[2] if name.endswith("/peak_memory_gib")}
 
 
 def test_classic_shape_gpt2_classifier_and_reward_model(tmp_path: Path, cluster: Cluster) -> None:

@@ -235,3 +235,12 @@ def test_a_quickstart_that_was_stopped_ends_with_the_weights_of_one_that_was_not
     for stage in ("sft", "reward_model", "ppo"):
         assert weights_digest(stopped, stage) == weights_digest(whole, stage)
     assert comparable(read_metrics(stopped)) == comparable(read_metrics(whole))
+
+
+def test_a_plan_sees_the_clusters_nodes(head: Head) -> None:
+    planned = head.run("plan", "pipelines/quickstart.yaml")
+    assert planned.returncode == 0, planned.stderr
+    assert "of 4 CPUs and 0 of 0 GPUs are free." in planned.stdout
+    refused = head.run("plan", "pipelines/quickstart.yaml", token=None)
+    assert refused.returncode == 2
+    assert "wants a token" in refused.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +15,17 @@ from hypothesis import strategies as st
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import load_pipeline
-from rlhf_ray.data.batches import make_sequences
+from rlhf_ray.data.batches import PreferencePairs, Sequences, make_sequences
 from rlhf_ray.data.streams import Stream
+from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
 from rlhf_ray.trainers.collect import batch_of
+from rlhf_ray.trainers.dpo import DpoGroups, References, train_dpo
+from rlhf_ray.trainers.ppo import update
+from rlhf_ray.trainers.reward_model import train_reward_model
 from rlhf_ray.trainers.sampling import SampleStream
-from rlhf_ray.trainers.sft import total_steps
+from rlhf_ray.trainers.sft import total_steps, train_sft
 from rlhf_ray.workers.learner import Learner
 
 REWARD: list[dict[str, Any]] = [{"kind": "function", "function": "rewards:length"}]
@@ -41,6 +47,9 @@ class RecordingLearner(Learner):
         self.engine: Any = SimpleNamespace(train=lambda mode: None, skipped_steps=0)
         self.device, self.layout = torch.device("cpu"), layout  # type: ignore[assignment]
         self.rows: list[int] = []
+
+    def memory(self) -> float:
+        return 0.0
 
     def _step(self, batch: Any, objective: Any, *, poison: bool) -> dict[str, float]:
         self.rows.append(len(batch))
@@ -83,26 +92,95 @@ def ppo_stages(draw: st.DrawFn) -> schema.Ppo:
 @given(stage=ppo_stages(), rows=st.integers(1, 200))
 def test_ppo_is_what_the_learners_and_generators_cut(stage: schema.Ppo, rows: int) -> None:
     found = arithmetic(stage, rows, gpus=0.0)
-    batch = make_sequences([[1]] * found.samples, [[2]] * found.samples)
-    learner = RecordingLearner(stage.policy)
-    update = {"epochs": stage.epochs, "mini_batches": stage.mini_batches}
-    objective: Any = SimpleNamespace()
-    learner.update(batch, objective, **update, iteration=1)
-    assert {size: stage.epochs * number for size, number in found.mini_batches.items()} == counts(learner.rows)
-    assert found.steps == len(learner.rows)
-
+    batch: Any = make_sequences([[1]] * found.samples, [[2]] * found.samples)
     critic = stage.critic_role
-    alone = critic.warmup_iterations if critic and critic.kind == "network" else 0
-    taken = {"policy": found.steps * (stage.iterations - alone)}
+    learners = {"policy": RecordingLearner(stage.policy)}
     if critic and critic.kind == "network":
-        taken["critic"] = found.steps * stage.iterations
-    assert {role: each.steps for role, each in found.learners.items()} == taken
+        learners["critic"] = RecordingLearner(critic)
+    groups = {role: LocalGroup[Learner](learner, role=role) for role, learner in learners.items()}
+    both = SimpleNamespace(policy=groups["policy"], critic=groups.get("critic"))
+    for iteration in range(1, stage.iterations + 1):
+        update(stage, both, batch, 0.1, iteration)  # type: ignore[arg-type]
+    assert {role: each.steps for role, each in found.learners.items()} == {
+        role: len(learner.rows) for role, learner in learners.items()
+    }
+    in_an_iteration = counts(learners["policy"].rows[: found.steps])
+    if learners["policy"].rows:
+        assert {size: stage.epochs * number for size, number in found.mini_batches.items()} == in_an_iteration
+    for role, learner in learners.items():
+        costs = [stage.data.max_prompt_tokens + stage.sampling.max_new_tokens] * max(found.mini_batches)
+        assert passes(learner.config, costs) == found.learners[role].micro_batches
 
     group = SimpleNamespace(size=stage.generator.workers, split=lambda *a, **k: None)
     prompts = SimpleNamespace(batch=lambda number, count: range(count))
     stream: Any = SampleStream(stage, group, prompts)  # type: ignore[arg-type]
     assert found.chunks == counts([chunk.count for chunk in stream._start(1).left])
     assert sum(size * number for size, number in found.chunks.items()) == found.samples
+
+
+def passes(config: schema.Learner, costs: list[int], *, together: int = 1, layout: str = "packed") -> int:
+    """Forward passes of the worker that makes most of them over rows of so many tokens."""
+    each = []
+    for rank in range(config.workers):
+        learner = RecordingLearner(config, rank=rank, layout=layout)
+        own = torch.tensor(costs)[learner._share(torch.tensor(costs))]
+        each.append(len(learner._micro_batches(own, together)))
+    return max(each)
+
+
+class Run:
+    """The part of a stage's run that a loop asks for its steps."""
+
+    def __init__(self, total: int) -> None:
+        self.iteration, self.total = 0, total
+        self.evaluating = nullcontext
+
+    def remaining(self) -> Iterator[int]:
+        while self.iteration < self.total:
+            yield self.iteration + 1
+
+    def evaluation_due(self, iteration: int, *, every: int) -> bool:
+        return False
+
+    def record(self, metrics: Any) -> None: ...
+
+    def finish_iteration(self, metrics: Any) -> None:
+        self.iteration += 1
+
+
+class Drawn:
+    """Data whose batches have the rows that a stream deals out."""
+
+    def __init__(self, stream: Stream, make: Any) -> None:
+        self.stream, self.make = stream, make
+
+    def batch(self, step: int, size: int) -> Any:
+        return self.make(len(self.stream.batch(step, size)))
+
+
+def answers(rows: int) -> Sequences:
+    return make_sequences([[1]] * rows, [[2]] * rows)
+
+
+def pairs(rows: int) -> PreferencePairs:
+    return PreferencePairs(answers(rows), answers(rows), list(range(rows)), torch.zeros(rows))
+
+
+def trained(stage: Any, stream: Stream) -> list[int]:
+    """Rows of each optimizer step that the stage's loop takes."""
+    learner = RecordingLearner(stage.policy)
+    policy, run = LocalGroup[Learner](learner, role="policy"), Run(total_steps(stage, stream))
+    drawn: Any = Drawn(stream, answers if stage.method == "sft" else pairs)
+    any_run: Any = run
+    match stage:
+        case schema.Sft():
+            train_sft(stage, policy, drawn, None, any_run)
+        case schema.RewardModel():
+            train_reward_model(stage, policy, drawn, None, any_run)
+        case _:
+            groups = DpoGroups(policy, None, {})
+            train_dpo(stage, groups, drawn, None, References(groups, None, needed=False), None, any_run)
+    return learner.rows
 
 
 @st.composite
@@ -119,16 +197,15 @@ def supervised_stages(draw: st.DrawFn) -> Any:
     return stage_of(made | length | {"batch_size": draw(st.integers(4, 40))})
 
 
-@settings(max_examples=50)
+@settings(max_examples=160)
 @given(stage=supervised_stages(), rows=st.integers(1, 120))
-def test_supervised_stages_and_dpo_are_what_the_stream_gives(stage: Any, rows: int) -> None:
+def test_supervised_stages_and_dpo_are_what_their_loops_take(stage: Any, rows: int) -> None:
     found = arithmetic(stage, rows, gpus=0.0)
-    stream = Stream(sizes=[rows], weights=[1.0], seed=7, shuffle=True)
-    drawn = [stream.batch(step, stage.batch_size) for step in range(total_steps(stage, stream))]
-    assert found.iterations == found.learners["policy"].steps == len(drawn)
-    full = len(drawn) - sum(found.last_batches.values())
-    assert {found.batch: full} | found.last_batches == counts([len(batch) for batch in drawn])
-    assert found.passes == pytest.approx(sum(map(len, drawn)) / rows)
+    taken = trained(stage, Stream(sizes=[rows], weights=[1.0], seed=7, shuffle=True))
+    assert found.iterations == found.learners["policy"].steps == len(taken)
+    full = len(taken) - sum(found.last_batches.values())
+    assert {found.batch: full} | found.last_batches == counts(taken)
+    assert found.passes == pytest.approx(sum(taken) / rows)
 
 
 @settings(max_examples=50)
@@ -173,18 +250,11 @@ def test_micro_batches_are_those_of_the_longest_rows(stage: Any, lengths: list[i
     together = 1 if stage.method == "sft" else 2
     assert found.row_tokens == 50 * together
 
-    def passes(costs: list[int]) -> int:
-        each = []
-        for rank in range(stage.policy.workers):
-            learner = RecordingLearner(stage.policy, rank=rank, layout=layout)
-            own = torch.tensor(costs)[learner._share(torch.tensor(costs))]
-            each.append(len(learner._micro_batches(own, together)))
-        return max(each)
-
     rows = min(stage.batch_size, len(lengths))
-    assert passes([50 * together] * rows) == found.micro_batches
+    assert passes(stage.policy, [50 * together] * rows, together=together, layout=layout) == found.micro_batches
     if stage.policy.workers == 1:
-        assert passes([length * together for length in lengths[:rows]]) <= found.micro_batches
+        costs = [length * together for length in lengths[:rows]]
+        assert passes(stage.policy, costs, together=together, layout=layout) <= found.micro_batches
 
 
 def test_by_hand() -> None:

@@ -27,6 +27,7 @@ from rlhf_ray.plan.placement import plan_placement
 NET = Network(
     parameters=1000,
     trained=1000,
+    multiplied=900,
     quantisable=900,
     largest=200,
     layers=4,

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.cli import main
+from rlhf_ray.distributed.nodes import Node
+from rlhf_ray.distributed.placement import Share
 
 PIPELINE = "pipelines/quickstart.yaml"
 
@@ -54,6 +56,43 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["cluster"]["cpus"] is None
 
 
+def test_time_cost_and_scaling(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80", "--scaling", "--gpu-hour-price", "1000")
+    for words in (
+        "Time of an iteration on 1x8xH100-80",
+        "GPU-hours",
+        "ppo on more GPUs",
+        "generation tail: the longest",
+    ):
+        assert words in out
+    _, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80", "--gpu-hour-price", "1000", "--json")
+    plan = json.loads(out)
+    time = plan["time"][-1]["time"]
+    assert time["cost"] == pytest.approx(1000 * time["gpu_hours"])
+    assert time["gpu_hours"] == pytest.approx(time["run_s"] * time["gpus"] / 3600)
+    assert "on more GPUs" not in out
+
+
+def test_a_gpu_without_figures_has_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xT4-16")
+    assert "ppo: no time, there are no figures of its GPUs." in out
+
+
+def test_a_running_cluster_of_uneven_nodes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        Node("10.0.0.1", Share(8, 0), Share(7, 0), 30.0, ""),
+        Node("10.0.0.2", Share(32, 4), Share(30, 3), 400.0, "H100", 80.0),
+    ]
+    monkeypatch.setattr("rlhf_ray.distributed.nodes.cluster_nodes", lambda address: nodes)
+    _, out, _ = run(capsys, PIPELINE, "--address", "head:8265")
+    assert "10.0.0.2: 30 of 32 CPUs and 3 of 4 GPUs are free (H100)." in out
+    assert "Every stage has its workers' room." in out
+    assert "Time of an iteration on head:8265" in out
+    # Of four GPUs one is taken.
+    _, out, _ = run(capsys, PIPELINE, "ppo.policy.workers=3", "ppo.policy.gpus=1", "--address", "head:8265")
+    assert "3 of 4 are free" in out
+
+
 def test_without_a_cluster_nothing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, PIPELINE, "--json")
     assert (code, json.loads(out)["fits"]) == (0, None)
@@ -69,7 +108,10 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "words"),
     [
         (["--cluster", "two H100"], "--cluster: got 'two H100', wanted NODESxGPUSxNAME-GB"),
-        (["--cluster", "1x1xA-1", "--here"], "got both of --here and --cluster"),
+        (["--cluster", "1x1xA-1", "--here"], "got --here and --cluster, wanted one of them"),
+        (["--address", "http://127.0.0.1:1"], "http://127.0.0.1:1 cannot be reached"),
+        (["--address", "127.0.0.1:1:6379"], "--address: got '127.0.0.1:1:6379'"),
+        (["--here", "--measured", "tests"], "--measured: tests holds no run"),
         (["ppo.iterations=none"], "ppo.iterations"),
     ],
 )

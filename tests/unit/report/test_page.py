@@ -52,6 +52,14 @@ def test_it_says_what_a_reader_wants_first(page):
         assert words in text, words
 
 
+def test_planned_memory_stands_beside_the_measured(tmp_path):
+    run = write_run(tmp_path / "small")
+    (run / "plan.json").write_text(json.dumps({"stages": {"ppo": {"memory_gib": {"policy": 0.47}}}}))
+    assert "0.50 GiB, planned 0.47" in Outline(report_page([read_run(run)])).text
+    (run / "plan.json").write_text('{"stages"')
+    assert "planned 0.47" not in Outline(report_page([read_run(run)])).text
+
+
 def test_texts_of_a_model_stay_text(page):
     outline = Outline(page)
     assert HOSTILE in outline.text
@@ -127,7 +135,7 @@ def test_the_timeline_has_the_last_attempt_of_each_iteration(tmp_path):
 
 def test_long_lines_are_thinned_and_end_where_they_end():
     rows = [{"stage": "sft", "iteration": i, "policy/loss": float(i) or None} for i in range(10_001)]
-    (loss,) = learning_charts([(0, StageHistory("sft", "sft", rows, None, None))])
+    (loss,) = learning_charts([(0, StageHistory("sft", "sft", rows, None, None, {}))])
     (series,) = loss["series"]
     assert MOST_POINTS / 2 < len(series["x"]) <= MOST_POINTS
     assert (series["x"][-1], series["y"][-1]) == (10_000, 10_000.0)

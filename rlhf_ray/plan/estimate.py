@@ -1,0 +1,182 @@
+"""The time of every stage of a plan, what it costs, and how far it scales, as figures and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from rlhf_ray.config import schema
+from rlhf_ray.plan.arithmetic import StageArithmetic
+from rlhf_ray.plan.cluster import PLENTY, ClusterShape
+from rlhf_ray.plan.data import Lengths
+from rlhf_ray.plan.memory import StageMemory
+from rlhf_ray.plan.placement import StagePlacement
+from rlhf_ray.plan.scaling import MOST_GPUS, Scale, scaling
+from rlhf_ray.plan.time import Factors, Hardware, StageTime, stage_time
+
+HALF = 0.5
+"""Efficiency below which more GPUs are called too many."""
+_GPUS_PER_NODE = 8
+"""Of a cluster of which that is not known."""
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """A stage's time.
+
+    Args:
+        stage: its name.
+        time: None where nothing is known of the hardware.
+        scales: the same on more GPUs; empty without a GPU.
+        lacks: why there is no time.
+    """
+
+    stage: str
+    time: StageTime | None
+    scales: tuple[Scale, ...]
+    lacks: str
+
+    @property
+    def worthless(self) -> Scale | None:
+        """The first of the larger sizes at which less than half of the GPUs' work counts; None: it is not reached."""
+        return next((scale for scale in self.scales if scale.efficiency < HALF), None)
+
+
+def hardware(cluster: ClusterShape) -> Hardware:
+    """What the workers of a cluster compute on."""
+    each = _GPUS_PER_NODE if cluster.gpus >= PLENTY else int(cluster.gpus)
+    return Hardware(cluster.gpu, cluster.core, each, cluster.total_cpus)
+
+
+def estimator(
+    config: schema.Pipeline,
+    numbers: StageArithmetic,
+    placement: StagePlacement,
+    memory: StageMemory,
+    cluster: ClusterShape,
+    lengths: Lengths,
+    factors: Factors,
+) -> Callable[[schema.Stage], StageTime]:
+    """Gives the time of a stage, also with other numbers of workers than those of its placement."""
+    shares = {role.role: role.share for role in placement.roles}
+    cache = {role.role: role.parts.get("cache") for role in memory.roles if cluster.gpu_gib or role.device == "host"}
+
+    def estimate(stage: schema.Stage) -> StageTime:
+        return stage_time(
+            config,
+            stage,
+            numbers,
+            shares,
+            lengths,
+            hardware(cluster),
+            cache_gib=cache.get("generator"),
+            factors=factors,
+        )
+
+    return estimate
+
+
+def estimate_stage(
+    config: schema.Pipeline,
+    stage: schema.Stage,
+    numbers: StageArithmetic,
+    placement: StagePlacement,
+    memory: StageMemory,
+    cluster: ClusterShape,
+    lengths: Lengths,
+    factors: Factors,
+    *,
+    most_gpus: int = MOST_GPUS,
+) -> StageEstimate:
+    """The time of a stage and how it scales, up to so many GPUs."""
+    on_gpu = any(role.share.gpus for role in placement.roles)
+    if on_gpu and cluster.gpu is None:
+        return StageEstimate(stage.name, None, (), "there are no figures of its GPUs")
+    estimate = estimator(config, numbers, placement, memory, cluster, lengths, factors)
+    roles = [role.role for role in placement.roles]
+    scales = scaling(estimate, stage, roles, most=most_gpus) if on_gpu else []
+    return StageEstimate(stage.name, estimate(stage), tuple(scales), "")
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def time_table(estimates: Sequence[StageEstimate], price: float | None) -> Table:
+    """One column for each stage."""
+    times = [each.time for each in estimates if each.time is not None]
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for time in times:
+        table.add_column(time.stage, justify="right")
+    for name, cell in _rows(price).items():
+        cells = [cell(time) for time in times]
+        if any(cells):
+            table.add_row(name, *cells)
+    return table
+
+
+def _rows(price: float | None) -> dict[str, Callable[[StageTime], str]]:
+    def phase(name: str) -> Callable[[StageTime], str]:
+        return lambda time: seconds(time.phases[name]) if name in time.phases else ""
+
+    def cost(time: StageTime) -> str:
+        return "" if price is None or time.gpu_hours is None else _amount(price * time.gpu_hours)
+
+    return {
+        "row, tokens (mean)": lambda time: f"{time.lengths.row:,.0f}",
+        "longest response": lambda time: f"{time.lengths.longest:,.0f}" if time.lengths.longest else "",
+        **{name: phase(name) for name in ("generate", "score", "learn", "sync", "driver")},
+        "of which overlaps": lambda time: seconds(time.hidden_s) if time.hidden_s else "",
+        "iteration": lambda time: seconds(time.iteration_s),
+        "whole stage": lambda time: "?" if time.run_s is None else seconds(time.run_s),
+        "GPU-hours": lambda time: _amount(time.gpu_hours) if time.gpu_hours else "",
+        "cost": cost,
+    }
+
+
+def _amount(value: float) -> str:
+    return "<0.01" if 0 < value < 0.005 else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def scaling_tables(estimates: Sequence[StageEstimate]) -> list[tuple[str, Table]]:
+    """One table for each stage that scales, under its name."""
+    tables = []
+    for each in estimates:
+        if not each.scales:
+            continue
+        table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        for heading in ("workers", "GPUs", "iteration", "efficiency"):
+            table.add_column(heading, justify="right")
+        table.add_column("held up by")
+        for scale in each.scales:
+            cells = (f"{scale.factor}x", f"{scale.gpus:,}", seconds(scale.iteration_s), f"{scale.efficiency:.0%}")
+            table.add_row(*cells, scale.limit)
+        tables.append((each.stage, table))
+    return tables
+
+
+def time_lines(estimates: Sequence[StageEstimate], *, measured: Mapping[str, int]) -> list[str]:
+    """What the tables do not say; `measured`: how many tasks of each stage have an earlier run's figures."""
+    lines = []
+    for each in estimates:
+        if each.time is None:
+            lines.append(f"{each.stage}: no time, {each.lacks}.")
+            continue
+        if measured.get(each.stage):
+            lines.append(f"{each.stage}: {measured[each.stage]} of {len(each.time.tasks)} calls as measured.")
+        if each.worthless is not None:
+            scale = each.worthless
+            lines.append(f"{each.stage}: below 50 % efficiency from {scale.gpus:,} GPUs on: {scale.limit}.")
+    return lines
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it."""
+    if value < 1:
+        return f"{1000 * value:,.0f} ms"
+    if value < 120:
+        return f"{value:,.1f} s"
+    return f"{value / 60:,.0f} min" if value < 7200 else f"{value / 3600:,.1f} h"

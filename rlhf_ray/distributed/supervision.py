@@ -95,6 +95,17 @@ def capture(error: Exception) -> Failure:
     return Failure(WorkerError, f"{type(error).__name__}: {error}", trace)
 
 
+class _Clock:
+    """Seconds that this process has spent in nothing but waiting for workers."""
+
+    waited_s = 0.0
+
+
+def waited_seconds() -> float:
+    """Seconds so far in which this process did nothing but wait for workers, like `time.process_time` of CPU time."""
+    return _Clock.waited_s
+
+
 def wait(calls: Sequence[Call]) -> list[Reply]:
     """The replies in the order of the calls; the first failure is raised at once and the other calls are left alone.
 
@@ -120,7 +131,9 @@ def _answers(calls: Sequence[Call], *, anew: bool) -> Iterator[tuple[int, Reply]
     left = {call.reply: index for index, call in enumerate(calls)}
     while left:
         deadline = start + min(calls[index].timeout_s for index in left.values())
-        done, _ = ray.wait(list(left), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        before = time.monotonic()
+        done, _ = ray.wait(list(left), num_returns=1, timeout=max(0.0, deadline - before))
+        _Clock.waited_s += time.monotonic() - before
         if not done:
             raise _late([calls[index] for index in left.values()], start)
         index = left.pop(done[0])

@@ -43,7 +43,7 @@ from rlhf_ray.distributed.transports import Endpoint, ReceivedWeights, SentWeigh
 from rlhf_ray.stages.site import LearnerParts
 from rlhf_ray.trainers.ppo import PpoGroups, train_ppo
 from rlhf_ray.trainers.run import RunFolder, StageRun
-from rlhf_ray.trainers.sampling import SampleStream, chunk_sizes
+from rlhf_ray.trainers.sampling import SampleStream, chunk_sizes, generators_together
 from rlhf_ray.trainers.weight_sync import WeightSync
 from rlhf_ray.workers.generator import Finished, ProbeResult
 from rlhf_ray.workers.learner import Values
@@ -235,7 +235,8 @@ def simulate(
             recorder=recorder,
             trackers=[RayGauges(run="simulated", stage="ppo"), watch],
         ) as run:
-            run.start_or_resume(LearnerParts({"policy": groups.policy, "critic": groups.critic}, kl, samples=samples))
+            learners = {role: started[role] for role in ("policy", "critic")}
+            run.start_or_resume(LearnerParts(learners, kl, samples=samples))
             train_ppo(config, groups, samples, None, weights, kl, run)
         for group in started.values():
             group.close()
@@ -274,7 +275,7 @@ class _Cast:
         self._speed = speed
         self._random = np.random.default_rng(1)
         counts = chunk_sizes(config, scale.samples // scale.generators)
-        piece = counts[0]
+        piece = counts[0] * generators_together(config, scale.generators)
         self._rows = {role: piece // size for role, size in self.sizes.items() if role != "generator"}
         assert len(set(counts)) == 1, f"unequal chunks: {counts}"
         assert all(piece % size == 0 for size in self.sizes.values()), f"{piece} rows are no equal shares of each role"
@@ -318,8 +319,8 @@ class _Cast:
         if role == "generator":
             for variant in range(_VARIANTS):
                 places = self._random.permutation(self._scale.samples // self._scale.generators)
-                for number, rows in enumerate(np.split(places, len(self._chunks))):
-                    finished = self._finished(self._chunks[number], rows)
+                for number, own in enumerate(np.split(places, len(self._chunks))):
+                    finished = self._finished(self._chunks[number], own)
                     versions = finished.rollouts.policy_versions.numpy()
                     prepared["next_finished", variant, number] = Prepared(finished, versions)
             return prepared

@@ -50,7 +50,7 @@ class Sealed:
         head = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         place = -1
         if numbered is not None:
-            shared = [np.shares_memory(np.frombuffer(buffer, np.uint8), numbered) for buffer in buffers]
+            shared = [np.shares_memory(np.frombuffer(buffer.raw(), np.uint8), numbered) for buffer in buffers]
             place = shared.index(True)
         return cls(head, buffers, place)
 
@@ -101,8 +101,9 @@ class _Done:
         return _opened, (self.reply, self.start, self.end)
 
 
-def _opened(reply: Sealed, start: float, end: float) -> Reply:
-    return dataclasses.replace(reply.open(), start=start, end=end)
+def _opened(sealed: Sealed, start: float, end: float) -> Reply:
+    reply: Reply = sealed.open()
+    return dataclasses.replace(reply, start=start, end=end)
 
 
 class Process:

@@ -52,6 +52,8 @@ ITERATIONS = 50
 QUICK_ITERATIONS = 10
 SPEED = 10.0
 _TIMEOUT_S = 300.0
+_LITTLE_MIB = 64.0
+_FEW_CALLS = 2500
 _VARIANTS = 16
 _PROCESSES = {"generator": 2, "reward/model": 1, "reference": 1, "policy": 1, "critic": 1}
 _VOCABULARY = 128_000
@@ -106,11 +108,13 @@ class Observation:
         metrics: its row.
         memory_mib: memory of the driver's process that no other has (USS) at its end.
         store_mib: what is in Ray's object store then.
+        calls: made to workers in it.
     """
 
     metrics: Mapping[str, float]
     memory_mib: float
     store_mib: float
+    calls: int
 
     @property
     def driver_s(self) -> float:
@@ -126,13 +130,16 @@ class Observation:
 class _Watch:
     """A tracker that looks at the driver whenever an iteration has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, cast: _Cast) -> None:
         self.seen: list[Observation] = []
+        self._cast = cast
+        self._calls_before = cast.calls
         self._process = psutil.Process()
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         memory = self._process.memory_full_info().uss / 2**20
-        self.seen.append(Observation(dict(metrics), memory, object_store_bytes() / 2**20))
+        calls, self._calls_before = self._cast.calls - self._calls_before, self._cast.calls
+        self.seen.append(Observation(dict(metrics), memory, object_store_bytes() / 2**20, calls))
 
     def write_histogram(self, iteration: int, name: str, values: Sequence[float]) -> None:
         """Nothing."""
@@ -157,17 +164,15 @@ def figures(seen: Sequence[Observation], times: Times = Times()) -> list[Figure]
     third = len(steady) // 3
     middle, last = steady[third : 2 * third], steady[2 * third :]
 
-    def growth(name: str, kind: str) -> Figure:
-        before, after = (float(np.mean([getattr(each, kind) for each in part])) for part in (middle, last))
-        return from_pairs(name, [(after, before)], unit="MiB", at_most=1.05)
-
+    before, after = (float(np.mean([each.memory_mib for each in part])) for part in (middle, last))
     return [
         from_pairs("driver/overhead", [(each.driver_s, times.iteration) for each in steady], unit="s", at_most=0.05),
         from_pairs(
             "driver/no_worker_runs", [(each.idle_s, times.iteration) for each in steady], unit="s", at_most=0.05
         ),
-        growth("driver/memory_growth", "memory_mib"),
-        growth("driver/object_store_growth", "store_mib"),
+        from_pairs("driver/memory", [(after, before)], unit="MiB", at_most=1.05),
+        alone("driver/object_store", [each.store_mib for each in steady], unit="MiB", at_most=_LITTLE_MIB),
+        alone("driver/calls", [float(each.calls) for each in steady], unit="calls", at_most=_FEW_CALLS),
         alone(
             "driver/cpu",
             [each.metrics["driver/cpu_share"] * each.metrics["time/iteration_s"] for each in steady],
@@ -208,7 +213,7 @@ def simulate(
                 timeout_s=_TIMEOUT_S,
                 recorder=recorder,
             )
-        watch = _Watch()
+        watch = _Watch(cast)
         gather(*(group.ready for group in started.values()))
         groups = PpoGroups(
             policy=started["policy"],
@@ -274,6 +279,7 @@ class _Cast:
         self._times = times
         self._speed = speed
         self._random = np.random.default_rng(1)
+        self.calls = 0
         counts = chunk_sizes(config, scale.samples // scale.generators)
         piece = counts[0] * generators_together(config, scale.generators)
         self._rows = {role: piece // size for role, size in self.sizes.items() if role != "generator"}
@@ -358,6 +364,7 @@ class _Cast:
                     return method, 0.0, 1
 
         def answer(rank: int, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Answer:
+            self.calls += 1
             key, seconds, number = choose(rank, method, args, kwargs)
             return Answer(key, seconds / self._speed, number)
 

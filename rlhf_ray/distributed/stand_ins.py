@@ -117,8 +117,8 @@ class Process:
         """Takes further replies."""
         self._replies |= {key: reply.copy() for key, reply in replies.items()}
 
-    async def call(self, rank: int, answer: Answer, arguments: Sealed) -> _Done:
-        """Answers a call to one of the stand-ins."""
+    async def call(self, rank: int, answer: Answer, arguments: Sealed, stored: Sequence[ray.ObjectRef[Any]]) -> _Done:
+        """Answers a call to one of the stand-ins; what its arguments hold in the object store is not fetched."""
         async with self._turns[rank]:
             start = time.time()
             await asyncio.sleep(answer.seconds)
@@ -151,7 +151,11 @@ class _StandIn:
 
     def remote(self, method: str, /, *args: Any, **kwargs: Any) -> ray.ObjectRef[Reply]:
         answer = self._choose(self._rank, method, args, kwargs)
-        reply: ray.ObjectRef[Reply] = self._process.call.remote(self._rank, answer, Sealed.of((args, kwargs)))
+        given = [*args, *kwargs.values()]
+        stored = [value for value in given if isinstance(value, ray.ObjectRef)]
+        # Ray would never free an object whose reference lies in bytes that it has not made itself.
+        sent = Sealed.of([value for value in given if not isinstance(value, ray.ObjectRef)])
+        reply: ray.ObjectRef[Reply] = self._process.call.remote(self._rank, answer, sent, stored)
         return reply
 
 
@@ -194,7 +198,7 @@ def start_stand_ins(
     nothing = Sealed.of(None)
     built = [
         Call(
-            reply=actors[rank % processes].call.remote(rank, Answer(ready), nothing),
+            reply=actors[rank % processes].call.remote(rank, Answer(ready), nothing, []),
             role=role,
             rank=rank,
             method="start",

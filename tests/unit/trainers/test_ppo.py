@@ -340,7 +340,7 @@ def test_policy_and_critic_learn() -> None:
         policy_loss={"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 3.0, "entropy_coefficient": 0.01},
         value_loss={"clip": 0.5},
     )
-    assert events == [("policy update", 7, 3, 4, None), ("critic update", 7, 3, 4, None)]
+    assert events == [("policy update", 7, 3, 4), ("critic update", 7, 3, 4)]
     assert metrics == {
         "policy/loss": 1.0,
         "policy/grad_norm": 2.0,
@@ -362,7 +362,7 @@ def test_the_warm_up_trains_the_critic_alone() -> None:
     settings = {"critic": {"warmup_iterations": 2}}
     for iteration in (1, 2):
         metrics, _, events = updated(iteration, **settings)
-        assert events == [("critic update", iteration, 3, 4, None)]
+        assert events == [("critic update", iteration, 3, 4)]
         assert metrics == {"critic/loss": 1.0, "critic/grad_norm": 2.0, "guard/skipped_steps": 1.0}
     _, _, events = updated(3, **settings)
     assert [name for name, *_ in events] == ["policy update", "critic update"]
@@ -372,7 +372,7 @@ def test_a_value_head_learns_with_the_policy() -> None:
     metrics, groups, events = updated(
         1, value_head=True, critic={"kind": "value_head"}, value_loss={"coefficient": 0.25, "clip": 0.5}
     )
-    assert events == [("policy update", 1, 3, 4, None)]
+    assert events == [("policy update", 1, 3, 4)]
     joint = objective(groups.policy)
     assert isinstance(joint, JointObjective)
     assert (joint.coefficient, joint.value.loss.clip) == (0.25, 0.5)
@@ -386,7 +386,7 @@ def test_without_a_critic_the_kl_can_be_a_loss() -> None:
         sampling={"samples_per_prompt": 2},
         policy_loss={"aggregation": "sequence_mean"},
     )
-    assert events == [("policy update", 1, 3, 4, None)]
+    assert events == [("policy update", 1, 3, 4)]
     policy = objective(groups.policy)
     assert (policy.kl.estimator, policy.kl.coefficient, policy.kl.aggregation) == ("k2", 0.3, "sequence_mean")
     assert policy.unit == "sequence"
@@ -408,9 +408,8 @@ class Stage:
     def session(self, *, held_out: bool = True, fails_at: int | None = None) -> Events:
         """Runs to the end, or to the failure; what happened."""
         self.events, recorder = [], Recorder()
-        journal = self.run_dir / "ppo" / "rollouts"
-        self.policy = FakeLearner(self.events, journal=journal, fails_at=fails_at)
-        critic = FakeLearner(self.events, "critic", journal=journal)
+        self.policy = FakeLearner(self.events, fails_at=fails_at)
+        critic = FakeLearner(self.events, "critic")
         groups = ppo_groups(self.events, policy=self.policy, critic=critic, recorder=recorder)
         settings = self.config.kl
         kl = (
@@ -438,7 +437,7 @@ JUDGED = [("reference logprobs", 1.0), ("policy logprobs", None), ("critic value
 
 def iteration_events(iteration: int, ids: list[int]) -> Events:
     checked = ("check rollouts", iteration - 1, -1.0)
-    learnt = [(f"{role} update", iteration, 1, 1, True) for role in ("policy", "critic")]
+    learnt = [(f"{role} update", iteration, 1, 1) for role in ("policy", "critic")]
     return [("generate", iteration, ids), *JUDGED, checked, *learnt, ("sync", iteration)]
 
 
@@ -446,7 +445,7 @@ EVALUATED = [("generate", 0, [90, 91, 92])]
 
 
 def test_the_order_of_events(tmp_path: Path) -> None:
-    """Weights are synced before anything is sampled and after every update; samples are kept before they are used."""
+    """Weights are synced before anything is sampled and after every update."""
     stage = Stage(tmp_path)
     assert stage.session() == [
         ("sync", 0),
@@ -612,7 +611,7 @@ def test_responses_outlive_a_change_of_the_weights(tmp_path: Path) -> None:
     started = [event for event in events if event[0] in ("generate", "policy update", "reference logprobs")]
     # A batch is judged in two pieces: what was finished before the sync, and the row that was late.
     judged = [("reference logprobs", 1.0)] * 2
-    learnt = [("policy update", k, 1, 1, True) for k in (1, 2, 3)]
+    learnt = [("policy update", k, 1, 1) for k in (1, 2, 3)]
     one, two, three = (("generate", k, list(range(6 * k - 6, 6 * k))) for k in (1, 2, 3))
     assert started == [one, two, *judged, learnt[0], three, *judged, learnt[1], *judged, learnt[2]]
     kept = read_rollouts(stage.run_dir / "ppo/rollouts/iteration_000003.parquet").rollouts

@@ -52,6 +52,7 @@ from rlhf_ray.data.arrow import PARTS
 from rlhf_ray.data.batches import Rollouts
 from rlhf_ray.distributed.background import in_background
 from rlhf_ray.distributed.faults import fault
+from rlhf_ray.distributed.memory import return_free_memory
 from rlhf_ray.distributed.tracing import DRIVER, Recorder, Span
 from rlhf_ray.errors import CheckpointError, ConfigError, Interrupted, UserError
 from rlhf_ray.shapes import SequenceFloat
@@ -484,6 +485,8 @@ class StageRun:
         iteration = self.iteration + 1
         with self._recorder.driver("write rollouts"):
             self._await_rollouts()
+        if self._unit == "iteration":
+            return_free_memory()
         window = self._stopwatch.read()
         whole = Span(DRIVER, 0, "iteration", window.start, window.end, iteration, cpu_s=window.cpu_s)
         spans = [*self._spans, *self._take_spans(whole)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Experience, Rollouts, one_version
+from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.journal import read_rollouts
 from rlhf_ray.trainers.metric_rows import read_metrics
@@ -27,7 +28,8 @@ from rlhf_ray.trainers.ppo import (
     update,
 )
 from rlhf_ray.trainers.run import RunFolder
-from rlhf_ray.trainers.sampling import Piece, SampleStream, chunk_sizes
+from rlhf_ray.trainers.sampling import Piece, SampleStream, chunk_sizes, generators_together
+from rlhf_ray.workers.generator import Finished
 from rlhf_ray.workers.learner import Values
 from rlhf_ray.workers.objectives import JointObjective, PolicyObjective, ValueObjective
 from tests.unit.trainers.fake_workers import (
@@ -620,6 +622,59 @@ def test_responses_outlive_a_change_of_the_weights(tmp_path: Path) -> None:
     assert kept.policy_versions[:, 2:].tolist() == [[1, 2], *[[1, 1]] * 5]
     assert [row["generator/policy_version_lag"] for row in stage.metrics()] == [0, 1, 1]
     assert ["generator/logprob_diff_mean" in row for row in stage.metrics()] == [True, True, True]
+
+
+class ManyGenerators:
+    """Eight generators of 32 samples each, in two chunks; they answer at once, in an order of their own."""
+
+    size = 8
+
+    def __init__(self) -> None:
+        self.given = [0] * self.size
+
+    def split(self, *args: Any, **kwargs: Any) -> Any:
+        return LocalGroup(Finishes()).first(Finishes.nothing)
+
+    def one(self, rank: int, method: Any, *, iteration: int, count: int) -> Any:
+        places = [place for place in range(31, -1, -1) if place % 2 == self.given[rank]]
+        self.given[rank] += 1
+        found = make_rollouts([1 + self.given[rank]] * count, ids=[32 * rank + place for place in places])
+        return LocalGroup(Finishes(torch.tensor(places), found)).first(Finishes.finished)
+
+
+class Finishes:
+    """Gives what it was made with."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def finished(self) -> Finished:
+        return Finished(*self.parts)
+
+    def nothing(self) -> None: ...
+
+
+def test_the_chunks_of_many_generators_are_judged_together() -> None:
+    """Two generators' at a time; a piece has the chunks of one number, and its rows in order."""
+    config = ppo_settings(prompts_per_iteration=256)
+    generators: Any = ManyGenerators()
+    pieces = list(SampleStream(config, generators, FakePrompts()).pieces(1))
+    assert [len(piece.rows) for piece in pieces] == [32] * 8
+    assert sorted(row for piece in pieces for row in piece.rows.tolist()) == list(range(256))
+    for piece in pieces:
+        assert piece.rows.tolist() == sorted(piece.rows.tolist())
+        assert piece.rollouts.prompt_ids.tolist() == piece.rows.tolist()
+        assert piece.rows[-1] - piece.rows[0] == 62
+    lengths = [piece.rollouts.sequences.tokens.shape[1] for piece in pieces]
+    assert sorted(lengths) == [4] * 4 + [5] * 4
+
+
+@pytest.mark.parametrize(
+    ("generators", "changes", "together"),
+    [(1, {}, 1), (4, {}, 1), (5, {}, 2), (64, {}, 16), (64, {"chunk_samples": 16}, 1)],
+)
+def test_of_how_many_generators(generators: int, changes: dict[str, int], together: int) -> None:
+    assert generators_together(ppo_settings(**changes), generators) == together
 
 
 @pytest.mark.parametrize("interrupted", ["keep", "abandon"])

@@ -55,6 +55,8 @@ def write_rollouts(
     policy_version (of the first response token), prompt_id, sample_index, answer (JSON), tokens, response_mask,
     generator_logprobs, policy_versions (0 outside the response).
     """
+    # Arrow's own pool would keep what the thread of each writing has freed.
+    pa.set_memory_pool(pa.system_memory_pool())
     sequences = rollouts.sequences
     columns: dict[str, pa.Array] = {
         "prompt": pa.array(rollouts.prompts, pa.string()),

@@ -24,10 +24,15 @@ def test_figures_by_hand() -> None:
     assert found["driver/no_worker_runs"].value == pytest.approx(0.8)
     memory = found["driver/memory"]
     assert (memory.value, memory.floor, memory.ratio) == (22.5, 20.0, 1.125)
-    assert memory.missed
+    assert memory.at_most == 1.2
     assert found["driver/cpu"].value == 4.0
     assert found["driver/calls"].value == 7
-    assert [each.name for each in found.values() if each.missed] == ["driver/memory"]
+    assert [each.name for each in found.values() if each.missed] == []
+
+
+def test_memory_that_grows_misses_its_bound() -> None:
+    for memory in ([1.0] * 5 + [1.5, 1.5], [1.0] * 31 + [1.06] * 15):
+        assert [each.name for each in figures(seen(*memory)) if each.missed] == ["driver/memory"]
 
 
 def test_a_driver_that_is_too_slow_misses_its_bound() -> None:

@@ -78,7 +78,7 @@ def experience_metrics(experience: Experience, rollouts: Rollouts, *, version: i
         `critic/value_mean`.
     """
     mask = experience.sequences.response_mask
-    tokens = max(int(mask.sum()), 1)
+    tokens = max(int(mask.count_nonzero()), 1)
 
     def response(values: TokenFloat) -> Tensor:
         """The response tokens' values alone, in one row."""

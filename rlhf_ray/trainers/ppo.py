@@ -289,10 +289,10 @@ def make_experience(
         returns=returns,
         correction=correction,
     )
-    tokens = mask.sum().clamp(min=1)
+    tokens = mask.count_nonzero().clamp(min=1)
     metrics = {
         "correction/weight_mean": float((correction * mask).sum() / tokens),
-        "correction/capped_share": float(capped.sum() / tokens),
+        "correction/capped_share": float(capped.count_nonzero() / tokens),
         "reward/shaped_mean": float(shaped.mean()),
     }
     kl_per_sequence = None if config.kl_place == "off" else ((old - reference) * mask).sum(1)

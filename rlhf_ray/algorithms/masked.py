@@ -30,7 +30,7 @@ def masked_row_sum(x: TokenFloat, mask: TokenMask) -> SequenceFloat:
 
 def masked_mean(x: TokenFloat, mask: TokenMask) -> Scalar:
     """Mean of x over the mask; 0 where the mask is empty."""
-    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+    return masked_sum(x, mask) / mask.count_nonzero().clamp(min=1)
 
 
 def masked_var(x: TokenFloat, mask: TokenMask) -> Scalar:

@@ -50,6 +50,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "dpo": Benchmark("DPO, whole, its reference cached and not, against the sum of the floors", (*_LEARNER, "ray")),
     "sft": Benchmark("supervised fine-tuning, whole, against a bare dense training step", (*_LEARNER, "ray")),
     "scale": Benchmark("two workers against one; cost over model size, batch, length and samples", _WHOLE),
+    "driver": Benchmark(
+        "the driver of a run with 112 simulated workers against the time of their work", (*_LEARNER, "ray")
+    ),
     "startup": Benchmark("from the command to the first token against Ray, engine and learner by themselves", _WHOLE),
     "memory": Benchmark("peak memory of logits and of large preference sets", (*_LEARNER, "ray")),
     "plan": Benchmark("planned memory and time of a PPO run against what it takes", _WHOLE),

@@ -728,8 +728,8 @@ class Ppo(Section):
     quarters of the batch, and the others go on with the new weights; abandon, the others begin anew with them. Runs
     are repeatable, but with keep and abandon only where the same checkpoints are written: a checkpoint waits."""
     chunk_samples: Count | None = None
-    """Samples that are scored together while others are still sampled; unset: a quarter of each generator's, at least
-    16."""
+    """Samples of a generator that are scored together while others are still sampled; unset: a quarter of each
+    generator's, at least 16, and beyond four generators so many of them together that there are 16 such parts."""
     scores: Scores = Scores()
     """Clipping and penalties of scores."""
     advantages: Advantages = Advantages()

@@ -32,8 +32,12 @@ class Batch:
         return sum(value.token_count() for value in self._values() if isinstance(value, Batch))
 
     def select(self, rows: Sequence[int]) -> Self:
-        """The given rows, in the given order; all T positions are kept."""
-        index = torch.as_tensor(rows, dtype=torch.long)
+        """The given rows, in the given order; all T positions are kept. A range of rows shares the memory."""
+        index: slice | Tensor
+        if isinstance(rows, range) and rows.step == 1:
+            index = slice(rows.start, rows.stop)
+        else:
+            index = torch.as_tensor(rows, dtype=torch.long)
 
         def cut(value: Any) -> Any:
             if isinstance(value, Tensor):

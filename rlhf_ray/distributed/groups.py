@@ -319,6 +319,8 @@ class RayPending(Pending[T]):
             return
         self._finish(replies)
         self._value.append(self._combine([reply.value for reply in replies]))
+        # Nothing of the answers stays in the object store for as long as this result lives.
+        self._calls, self._finish = [], lambda _: None
 
     def abandon(self) -> None:
         self._finish(None)

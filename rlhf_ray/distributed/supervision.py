@@ -95,6 +95,17 @@ def capture(error: Exception) -> Failure:
     return Failure(WorkerError, f"{type(error).__name__}: {error}", trace)
 
 
+class _Clock:
+    """Seconds that this process has spent in nothing but waiting for workers."""
+
+    waited_s = 0.0
+
+
+def waited_seconds() -> float:
+    """Seconds so far in which this process did nothing but wait for workers, like `time.process_time` of CPU time."""
+    return _Clock.waited_s
+
+
 def wait(calls: Sequence[Call]) -> list[Reply]:
     """The replies in the order of the calls; the first failure is raised at once and the other calls are left alone.
 
@@ -120,18 +131,40 @@ def _answers(calls: Sequence[Call], *, anew: bool) -> Iterator[tuple[int, Reply]
     left = {call.reply: index for index, call in enumerate(calls)}
     while left:
         deadline = start + min(calls[index].timeout_s for index in left.values())
-        done, _ = ray.wait(list(left), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        done = _first_answered(list(left), deadline)
         if not done:
             raise _late([calls[index] for index in left.values()], start)
-        index = left.pop(done[0])
-        try:
-            reply = _answer(calls[index])
-        except WorkerError:
-            _raise_a_death([calls[index] for index in left.values()])
-            raise
-        yield index, reply
-        if anew:
-            start = time.monotonic()
+        fetched = _fetched(done)
+        for reference in done:
+            index = left.pop(reference)
+            try:
+                reply = _answer(calls[index], fetched.get(reference))
+            except WorkerError:
+                _raise_a_death([calls[other] for other in left.values()])
+                raise
+            yield index, reply
+            if anew:
+                start = time.monotonic()
+
+
+def _first_answered(replies: list[ray.ObjectRef[Reply]], deadline: float) -> list[ray.ObjectRef[Reply]]:
+    """Those that are there as soon as one is, in order; none at the deadline."""
+    before = time.monotonic()
+    done, _ = ray.wait(replies, num_returns=1, timeout=max(0.0, deadline - before))
+    _Clock.waited_s += time.monotonic() - before
+    if not done or len(replies) == 1:
+        return list(done)
+    # One wait for all that have come meanwhile, since each looks at every reference.
+    done, _ = ray.wait(replies, num_returns=len(replies), timeout=0)
+    return list(done)
+
+
+def _fetched(replies: list[ray.ObjectRef[Reply]]) -> dict[ray.ObjectRef[Reply], Reply]:
+    """Replies that are there, got at once; none where one of them is an error, which `_answer` finds out."""
+    try:
+        return dict(zip(replies, ray.get(replies, timeout=_NOTICE_S), strict=True))
+    except RayError:
+        return {}
 
 
 def _raise_a_death(calls: Sequence[Call]) -> None:
@@ -153,9 +186,9 @@ def _death(call: Call, error: RayActorError) -> WorkerError:
     return WorkerError(f"{call.where}: the worker died: {_cause(error)}{_last_lines(call)}")
 
 
-def _answer(call: Call) -> Reply:
+def _answer(call: Call, fetched: Reply | None) -> Reply:
     try:
-        reply = ray.get(call.reply, timeout=call.timeout_s)
+        reply = fetched or ray.get(call.reply, timeout=call.timeout_s)
     except GetTimeoutError:
         raise _late([call], time.monotonic() - call.timeout_s) from None
     except RayTaskError as error:

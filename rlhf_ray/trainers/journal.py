@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from rlhf_ray.data.batches import Rollouts, Sequences, pad_rows
 from rlhf_ray.errors import CheckpointError
-from rlhf_ray.shapes import SequenceFloat, TokenFloat
+from rlhf_ray.shapes import SequenceFloat, TokenFloat, TokenMask
 from rlhf_ray.trainers.durable import write_table
 
 
@@ -54,8 +55,9 @@ def write_rollouts(
     policy_version (of the first response token), prompt_id, sample_index, answer (JSON), tokens, response_mask,
     generator_logprobs, policy_versions (0 outside the response).
     """
+    # Arrow's own pool would keep what the thread of each writing has freed.
+    pa.set_memory_pool(pa.system_memory_pool())
     sequences = rollouts.sequences
-    lengths = sequences.lengths().tolist()
     columns: dict[str, pa.Array] = {
         "prompt": pa.array(rollouts.prompts, pa.string()),
         "response": pa.array(rollouts.responses, pa.string()),
@@ -68,10 +70,10 @@ def write_rollouts(
         "prompt_id": pa.array(rollouts.prompt_ids.numpy(), pa.int64()),
         "sample_index": pa.array(_sample_indices(rollouts.prompt_ids.tolist()), pa.int32()),
         "answer": pa.array([_answer(answer) for answer in rollouts.answers], pa.string()),
-        "tokens": _lists(sequences.tokens, lengths, pa.int32()),
-        "response_mask": _lists(sequences.response_mask, lengths, pa.bool_()),
-        "generator_logprobs": _lists(rollouts.generator_logprobs, lengths, pa.float32()),
-        "policy_versions": _lists(rollouts.policy_versions, lengths, pa.int32()),
+        "tokens": _lists(sequences.tokens, sequences.attention_mask, pa.int32()),
+        "response_mask": _lists(sequences.response_mask, sequences.attention_mask, pa.bool_()),
+        "generator_logprobs": _lists(rollouts.generator_logprobs, sequences.attention_mask, pa.float32()),
+        "policy_versions": _lists(rollouts.policy_versions, sequences.attention_mask, pa.int32()),
     }
     write_table(path, pa.table(columns))
 
@@ -113,9 +115,11 @@ def _floats(values: Tensor) -> pa.Array:
     return pa.array(values.detach().float().numpy(), pa.float32())
 
 
-def _lists(values: Tensor, lengths: list[int], kind: pa.DataType) -> pa.Array:
-    """[B, T] and each row's length -> B lists without the padding."""
-    return pa.array([row[:length] for row, length in zip(values.tolist(), lengths, strict=True)], pa.list_(kind))
+def _lists(values: Tensor, attention: TokenMask, kind: pa.DataType) -> pa.Array:
+    """[B, T] -> B lists without the padding."""
+    ends = attention.sum(1).cumsum(0).numpy()
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values[attention].numpy()).cast(kind))
 
 
 def _tensor(table: pa.Table, name: str) -> SequenceFloat:

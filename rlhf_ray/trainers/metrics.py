@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from rlhf_ray.algorithms import kl
-from rlhf_ray.algorithms.masked import explained_variance, masked_mean, masked_row_sum
+from rlhf_ray.algorithms.masked import explained_variance
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Experience, Rollouts
 from rlhf_ray.errors import InstallError
-from rlhf_ray.shapes import SequenceFloat
+from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.trainers.durable import write_file
 from rlhf_ray.trainers.metric_rows import FILE, metric_rows
 
@@ -77,24 +78,32 @@ def experience_metrics(experience: Experience, rollouts: Rollouts, *, version: i
         `critic/value_mean`.
     """
     mask = experience.sequences.response_mask
-    old, reference = experience.old_logprobs.double(), experience.reference_logprobs.double()
-    own = mask & (rollouts.policy_versions == version)
-    advantages = experience.advantages.double()
-    advantage_mean = masked_mean(advantages, mask)
+    tokens = max(int(mask.count_nonzero()), 1)
+
+    def response(values: TokenFloat) -> Tensor:
+        """The response tokens' values alone, in one row."""
+        return values[mask].double()
+
+    old, reference = response(experience.old_logprobs), response(experience.reference_logprobs)
+    estimates = {name: kl.estimator(name)(old[None], reference[None]).sum() for name in ("k1", "k2", "k3")}
+    advantages = response(experience.advantages)
+    advantage_mean = float(advantages.sum() / tokens)
     metrics = {
-        "kl/per_sequence": float(masked_row_sum(kl.k1(old, reference), mask).mean()),
-        **{f"kl/{name}": float(masked_mean(kl.estimator(name)(old, reference), mask)) for name in ("k1", "k2", "k3")},
-        "advantage/mean": float(advantage_mean),
-        "advantage/std": math.sqrt(float(masked_mean((advantages - advantage_mean).square(), mask))),
+        "kl/per_sequence": float(estimates["k1"] / len(mask)),
+        **{f"kl/{name}": float(estimate / tokens) for name, estimate in estimates.items()},
+        "advantage/mean": advantage_mean,
+        "advantage/std": math.sqrt(float((advantages - advantage_mean).square().sum() / tokens)),
     }
+    own = rollouts.policy_versions[mask] == version
     if bool(own.any()):
-        difference = torch.where(own, (old - rollouts.generator_logprobs.double()).abs(), 0.0)
-        metrics["generator/logprob_diff_mean"] = float(masked_mean(difference, own))
+        difference = (old - response(rollouts.generator_logprobs)).abs()[own]
+        metrics["generator/logprob_diff_mean"] = float(difference.mean())
         metrics["generator/logprob_diff_max"] = float(difference.max())
-    values, returns = experience.values.double(), experience.returns.double()
-    if bool((returns != 0).logical_and(mask).any()) or bool((values != 0).logical_and(mask).any()):
-        metrics["critic/explained_variance"] = float(explained_variance(values, returns, mask))
-        metrics["critic/value_mean"] = float(masked_mean(values, mask))
+    values, returns = response(experience.values), response(experience.returns)
+    if bool(returns.any()) or bool(values.any()):
+        everything = torch.ones(1, len(values), dtype=torch.bool)
+        metrics["critic/explained_variance"] = float(explained_variance(values[None], returns[None], everything))
+        metrics["critic/value_mean"] = float(values.sum() / tokens)
     return metrics
 
 
@@ -109,8 +118,12 @@ def distinct_bigram_share(texts: Sequence[str]) -> float:
     Words are separated by white space; 0 where there is no bigram. Comparable only between equally many texts of like
     length.
     """
-    bigrams = [pair for text in texts for words in [text.split()] for pair in itertools.pairwise(words)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+    count, different = 0, set[tuple[str, str]]()
+    for text in texts:
+        words = text.split()
+        count += max(len(words) - 1, 0)
+        different.update(itertools.pairwise(words))
+    return len(different) / count if count else 0.0
 
 
 # Writing

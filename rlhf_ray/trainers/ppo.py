@@ -8,6 +8,7 @@ meanwhile, with the weights that the generators have.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from rlhf_ray.algorithms.rewards import shape_scores, token_rewards
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Batch, Experience, Rollouts
 from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.distributed.background import in_background
 from rlhf_ray.distributed.groups import Pending, WorkerGroup, gather, merge
 from rlhf_ray.shapes import SequenceFloat, TokenFloat
 from rlhf_ray.trainers.evaluation import evaluate_prompts, weighted_sum, worker_metrics
@@ -78,17 +80,18 @@ def train_ppo(
         run.record(evaluate(config, groups, held_out, run, iteration=0))
     for iteration in run.remaining():
         scaling.begin(iteration)
-        asked = [judge(config, groups, piece) for piece in turns.sampled(samples.pieces(iteration))]  # y ~ pi(.|x)
-        rollouts, parts, reference, old, values = gather_judgements(groups, asked)
+        rollouts, parts, reference, old, values = gather_judgements(
+            groups,
+            [judge(config, groups, piece) for piece in turns.sampled(samples.pieces(iteration))],  # y ~ pi(.|x)
+        )
         scores = weighted_sum(config.reward, parts)
         experience, summary = make_experience(config, rollouts, scores, reference, old, values, kl.coefficient)
         run.write_rollouts(rollouts, scores=scores, parts=parts, kl=summary.kl_per_sequence)
         own = iteration - 1  # the version of the learner's weights
         attested = weights.check_rollouts(rollouts, old, version=own) if config.attests_rollouts else {}
+        described = in_background(partial(describe, rollouts, scores, parts, experience, version=own))
         losses = update(config, groups, experience, kl.coefficient, iteration)
-        metrics = rollout_metrics(rollouts, scores, parts) | experience_metrics(experience, rollouts, version=own)
-        metrics |= summary.metrics | attested | {"kl/coefficient": kl.coefficient}
-        metrics["generator/policy_version_lag"] = float((own - rollouts.oldest_versions()).max())
+        metrics = described.result() | summary.metrics | attested | {"kl/coefficient": kl.coefficient}
         if summary.kl_per_sequence is not None:
             kl.update(float(summary.kl_per_sequence.mean()), len(rollouts))
         metrics["generator/workers"] = float(groups.generator.size)
@@ -100,6 +103,19 @@ def train_ppo(
         if run.evaluation_due(iteration, every=config.evaluation.every):
             metrics |= evaluate(config, groups, held_out, run, iteration=iteration)
         run.finish_iteration(metrics)
+
+
+def describe(
+    rollouts: Rollouts,
+    scores: SequenceFloat,
+    parts: dict[str, SequenceFloat],
+    experience: Experience,
+    *,
+    version: int,
+) -> dict[str, float]:
+    """Metrics of the samples and of what is learnt from them; `version` is that of the learner's weights."""
+    lag = {"generator/policy_version_lag": float((version - rollouts.oldest_versions()).max())}
+    return rollout_metrics(rollouts, scores, parts) | experience_metrics(experience, rollouts, version=version) | lag
 
 
 def optimizer_steps(config: schema.Ppo) -> dict[str, int]:
@@ -280,10 +296,10 @@ def make_experience(
         returns=returns,
         correction=correction,
     )
-    tokens = mask.sum().clamp(min=1)
+    tokens = mask.count_nonzero().clamp(min=1)
     metrics = {
         "correction/weight_mean": float((correction * mask).sum() / tokens),
-        "correction/capped_share": float(capped.sum() / tokens),
+        "correction/capped_share": float(capped.count_nonzero() / tokens),
         "reward/shaped_mean": float(shaped.mean()),
     }
     kl_per_sequence = None if config.kl_place == "off" else ((old - reference) * mask).sum(1)

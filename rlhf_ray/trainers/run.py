@@ -36,7 +36,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -46,7 +47,9 @@ from rlhf_ray.config import schema
 from rlhf_ray.config.paths import ADAPTER_CONFIG
 from rlhf_ray.data.arrow import PARTS
 from rlhf_ray.data.batches import Rollouts
+from rlhf_ray.distributed.background import in_background
 from rlhf_ray.distributed.faults import fault
+from rlhf_ray.distributed.memory import return_free_memory
 from rlhf_ray.distributed.tracing import DRIVER, Recorder, Span, places_by_role
 from rlhf_ray.errors import CheckpointError, ConfigError, Interrupted, UserError
 from rlhf_ray.shapes import SequenceFloat
@@ -79,6 +82,7 @@ DATA = "data"
 DONE = "done.json"
 BEST = "best.json"
 SHOWN_SAMPLES = 3
+_WRITE_TIMEOUT_S = 600.0
 _MINIMISED = ("loss", "perplexity", "error")
 
 
@@ -317,6 +321,7 @@ class StageRun:
         self._stopwatch = Stopwatch()
         self._pending: dict[str, float] = {}
         self._spans: list[Span] = []
+        self._writing: tuple[Path, Future[None]] | None = None
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -329,6 +334,8 @@ class StageRun:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.restore()
+        with suppress(Exception):
+            self._await_rollouts()
         self._status.__exit__(kind, error, traceback)
         self._status.end(_outcome(error))
         try:
@@ -431,10 +438,20 @@ class StageRun:
         parts: Mapping[str, SequenceFloat] | None = None,
         kl: SequenceFloat | None = None,
     ) -> None:
-        """Keeps the samples of the iteration under way, before anything is learnt from them."""
+        """Keeps the samples of the iteration under way; they are written meanwhile, and there when it ends."""
         path = self.folder / "rollouts" / f"{folder_name(self.iteration + 1)}.parquet"
-        with self._recorder.driver("write rollouts"):
-            write_rollouts(path, rollouts, scores=scores, parts=parts, kl=kl)
+        self._writing = path, in_background(lambda: write_rollouts(path, rollouts, scores=scores, parts=parts, kl=kl))
+
+    def _await_rollouts(self) -> None:
+        if self._writing is None:
+            return
+        (path, written), self._writing = self._writing, None
+        try:
+            written.result(timeout=_WRITE_TIMEOUT_S)
+        except TimeoutError:
+            raise CheckpointError(
+                f"{path}: not written within {_WRITE_TIMEOUT_S:g} s; is its disk still there?"
+            ) from None
 
     def write_evaluation(
         self,
@@ -462,6 +479,10 @@ class StageRun:
             Interrupted: a stop was requested; the checkpoint is written.
         """
         iteration = self.iteration + 1
+        with self._recorder.driver("write rollouts"):
+            self._await_rollouts()
+        if self._unit == "iteration":
+            return_free_memory()
         window = self._stopwatch.read()
         whole = Span(DRIVER, 0, "iteration", window.start, window.end, iteration, cpu_s=window.cpu_s)
         spans = [*self._spans, *self._take_spans(whole)]

@@ -9,7 +9,8 @@ for iteration in ...:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rlhf_ray.workers.generator import Finished, Generator, Interrupted
 
 _SMALLEST_CHUNK = 16
 _CHUNKS = 4
+_PIECES = 16
 _FOLDER = "sampled_ahead"
 _FINISHED_BEFORE_SYNC = 3, 4
 
@@ -50,12 +52,14 @@ class _Chunk:
         rank: of the generator.
         first_row: place in the batch of the generator's first row.
         count: of the samples.
+        piece: chunks of the same piece are judged together.
         part: 0 of what the generator was given at first, another number of what it took over.
     """
 
     rank: int
     first_row: int
     count: int
+    piece: tuple[int, int]
     part: int = 0
 
 
@@ -80,16 +84,21 @@ class _Batch:
     parts: int = 1
 
     def pieces(self) -> Iterator[Piece]:
-        """Chunks as they finish; a single piece in the order of the rows where they are not judged one by one."""
+        """Pieces as they finish; a single one in the order of the rows where chunks are not judged one by one."""
         if not self.streams:
             yield self.whole()
             return
         given = []
+        awaited = Counter(chunk.piece for chunk, _ in self.asked)
+        arrived = defaultdict[tuple[int, int], list[Piece]](list)
         for number, finished in arrivals(self.started, *(pending for _, pending in self.asked)):
             if finished is not None:
-                piece = _piece(self.asked[number - 1][0], finished)
-                given.append(piece.rows)
-                yield piece
+                chunk = self.asked[number - 1][0]
+                arrived[chunk.piece].append(_piece(chunk, finished))
+                if len(arrived[chunk.piece]) == awaited[chunk.piece]:
+                    piece = _joined(arrived.pop(chunk.piece))
+                    given.append(piece.rows)
+                    yield piece
         self._check_ledger(given)
 
     def wait(self) -> None:
@@ -101,8 +110,7 @@ class _Batch:
         self.wait()
         pieces = [_piece(chunk, pending.result()) for chunk, pending in self.asked]
         self._check_ledger([piece.rows for piece in pieces])
-        rows, order = torch.cat([piece.rows for piece in pieces]).sort()
-        return Piece(rows, Rollouts.concat([piece.rollouts for piece in pieces]).select(order.tolist()))
+        return _joined(pieces)
 
     def _check_ledger(self, given: list[SequenceInt]) -> None:
         """Each sample of the batch is given once, whoever came or left meanwhile."""
@@ -169,7 +177,8 @@ class SampleStream:
                 rows = self._generator.one(rank, Generator.unfinished, iteration=iteration, part=part).result()
                 unfinished += [first_row + row for row in rows]
                 if len(rows) < count:
-                    batch.asked.append(self._call(iteration, _Chunk(rank, first_row, count - len(rows), part)))
+                    piece = next(chunk.piece for chunk in leaving if (chunk.rank, chunk.part) == (rank, part))
+                    batch.asked.append(self._call(iteration, _Chunk(rank, first_row, count - len(rows), piece, part)))
             if unfinished:
                 self._start_anew(iteration, batch, sorted(unfinished), stay)
             moved += len(unfinished)
@@ -188,7 +197,7 @@ class SampleStream:
             for rank in range(len(own))
         ]
         gather(*calls)
-        batch.left += [_Chunk(rank, 0, len(own[rank]), part) for rank in range(len(own))]
+        batch.left += [_Chunk(rank, 0, len(own[rank]), (rank, -part), part) for rank in range(len(own))]
 
     def save(self, folder: Path) -> None:
         """Writes the batches that were sampled ahead, and completes the one under way for that."""
@@ -218,8 +227,12 @@ class SampleStream:
         prompts, sampling = self._prompts_of(iteration), self._config.sampling
         started = self._generator.split(Generator.start, prompts, sampling, iteration=iteration)
         each = sampling.samples_per_prompt
+        together = generators_together(self._config, self._generator.size)
         chunks = [
-            [_Chunk(rank, share.start * each, count) for count in chunk_sizes(self._config, len(share) * each)]
+            [
+                _Chunk(rank, share.start * each, count, piece=(rank // together, number))
+                for number, count in enumerate(chunk_sizes(self._config, len(share) * each))
+            ]
             for rank, share in enumerate(shares(len(prompts), self._generator.size))
         ]
         streams = any(len(own) > 1 for own in chunks)
@@ -255,6 +268,23 @@ def chunk_sizes(config: schema.Ppo, rows: int) -> list[int]:
     else:
         size = -(-rows * _FINISHED_BEFORE_SYNC[0] // _FINISHED_BEFORE_SYNC[1])
     return [min(size, rows - taken) for taken in range(0, rows, max(size, 1))]
+
+
+def generators_together(config: schema.Ppo, generators: int) -> int:
+    """Of how many generators the chunks of one number are judged together; one where the settings give their size.
+
+    Each piece is cut over all scorers and learners: with many small ones the driver could not keep up.
+    """
+    return 1 if config.chunk_samples else -(-generators * _CHUNKS // _PIECES)
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """All rows of the pieces, in their order."""
+    if len(pieces) == 1:
+        return pieces[0]
+    rows, order = torch.cat([piece.rows for piece in pieces]).sort()
+    rollouts = Rollouts.concat([piece.rollouts for piece in pieces])
+    return Piece(rows, rollouts if bool((order.diff() > 0).all()) else rollouts.select(order.tolist()))
 
 
 def _piece(chunk: _Chunk, finished: Finished) -> Piece:

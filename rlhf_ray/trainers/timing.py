@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf_ray.distributed.supervision import waited_seconds
 from rlhf_ray.distributed.tracing import DRIVER, Activity, Span, covered_seconds, seconds_by_method
 
 QUESTIONS = ("memory", "counts")
@@ -26,11 +27,13 @@ class Window:
         start: Unix seconds, comparable with spans.
         seconds: its length.
         cpu_s: CPU seconds of the driver's process in it.
+        waited_s: seconds in which the driver only waited for workers.
     """
 
     start: float
     seconds: float
     cpu_s: float
+    waited_s: float = 0.0
 
     @property
     def end(self) -> float:
@@ -42,10 +45,12 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._start, self._monotonic, self._cpu = time.time(), time.monotonic(), time.process_time()
+        self._waited = waited_seconds()
 
     def read(self) -> Window:
         """From the start until now."""
-        return Window(self._start, time.monotonic() - self._monotonic, time.process_time() - self._cpu)
+        seconds, cpu_s = time.monotonic() - self._monotonic, time.process_time() - self._cpu
+        return Window(self._start, seconds, cpu_s, waited_seconds() - self._waited)
 
 
 def span_metrics(
@@ -62,7 +67,8 @@ def span_metrics(
     Returns:
         `time/iteration_s`; `time/<phase>_s` (of the slowest worker); `<role>/busy_share` (mean over its workers) and
         `time/idle_share` (no worker ran anything), both of the iteration without its evaluation;
-        `<role>/tokens_per_s`: sampled tokens for the generator, prompt and response for the others; and
+        `<role>/tokens_per_s`: sampled tokens for the generator, prompt and response for the others;
+        `driver/busy_share`: of the whole iteration, when the driver did anything but wait for workers; and
         `driver/cpu_share`, the driver's CPU seconds per second.
     """
     calls = [span for span in spans if span.role != DRIVER]
@@ -91,6 +97,7 @@ def span_metrics(
     everything = [interval for ranks in busy.values() for intervals in ranks.values() for interval in intervals]
     metrics["time/idle_share"] = 1.0 - share(everything)
     metrics["time/iteration_s"] = window.seconds
+    metrics["driver/busy_share"] = 1.0 - min(window.waited_s / max(window.seconds, 1e-9), 1.0)
     metrics["driver/cpu_share"] = window.cpu_s / max(window.seconds, 1e-9)
     return metrics
 

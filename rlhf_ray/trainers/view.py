@@ -164,7 +164,7 @@ class PlainView:
         self._out = out or sys.stdout
         self._pace = _Pace(total)
         self._last_line = -math.inf
-        self._mentioned: set[tuple[str, str, float]] = set()
+        self._mentioned: set[tuple[str, str]] = set()
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="view", daemon=True)
 
@@ -184,6 +184,7 @@ class PlainView:
 
     def iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         self._pace.iteration(iteration, metrics)
+        self._mentioned.clear()
         notable = iteration in (0, 1, self._pace.total) or any(name.startswith("evaluation/") for name in metrics)
         if self._unit == "step" and not notable and time.monotonic() - self._last_line < STEP_LINES_S:
             return
@@ -227,7 +228,7 @@ class PlainView:
     def _watch(self) -> None:
         while not self._closed.wait(timeout=LONG_PHASE_S / 6):
             for activity in self._recorder.active():
-                key = (activity.role, activity.method, activity.since)
+                key = (activity.role, activity.method)
                 if key not in self._mentioned and time.time() - activity.since > LONG_PHASE_S:
                     self._mentioned.add(key)
                     self._print(f"{phase(activity)} has been running for {duration(time.time() - activity.since)}")

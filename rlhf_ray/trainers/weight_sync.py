@@ -140,9 +140,9 @@ class WeightSync:
         """
         response = rollouts.sequences.response_mask
         mask = response & (rollouts.policy_versions == version)
-        share = {"generator/attested_share": float(mask.sum() / response.sum().clamp(min=1))}
+        share = {"generator/attested_share": float(mask.count_nonzero() / response.count_nonzero().clamp(min=1))}
         difference = ((rollouts.generator_logprobs - logprobs).abs() * mask).nan_to_num(nan=torch.inf)
-        mean, largest = float(difference.sum() / mask.sum().clamp(min=1)), float(difference.max())
+        mean, largest = float(difference.sum() / mask.count_nonzero().clamp(min=1)), float(difference.max())
         if mean <= self._limits.mean and largest <= self._limits.max:
             return share
         row, position = divmod(int(difference.argmax()), difference.shape[1])

@@ -73,16 +73,12 @@ class FakeLearner:
     Args:
         events: where it notes what it is asked.
         name: how it calls itself there.
-        journal: folder of rollouts; an update notes whether its iteration's file is there.
         fails_at: iteration whose update raises.
     """
 
-    def __init__(
-        self, events: Events, name: str = "policy", *, journal: Path | None = None, fails_at: int | None = None
-    ) -> None:
+    def __init__(self, events: Events, name: str = "policy", *, fails_at: int | None = None) -> None:
         self.events = events
         self.name = name
-        self.journal = journal
         self.fails_at = fails_at
         self.weights = 0
         self.batch: Any = None
@@ -108,8 +104,7 @@ class FakeLearner:
     def update(self, batch: Any, objective: Any, *, epochs: int, mini_batches: int, iteration: int) -> dict[str, float]:
         if iteration == self.fails_at:
             raise RuntimeError(f"update {iteration}")
-        written = self.journal and (self.journal / f"iteration_{iteration:06}.parquet").exists()
-        self.events.append((f"{self.name} update", iteration, epochs, mini_batches, written))
+        self.events.append((f"{self.name} update", iteration, epochs, mini_batches))
         self.batch, self.objective = batch, objective
         self.weights += 1
         return {"loss": float(self.weights), "grad_norm": 2.0, "guard/skipped_steps": 1.0}

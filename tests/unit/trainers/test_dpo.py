@@ -107,7 +107,7 @@ class Stage:
         return learner
 
 
-UPDATES = [("policy update", step, 1, 1, None) for step in (1, 2, 3)]
+UPDATES = [("policy update", step, 1, 1) for step in (1, 2, 3)]
 JUDGED = ("policy logprobs", 1.0)
 
 

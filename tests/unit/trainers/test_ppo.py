@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_ray.algorithms.kl import AdaptiveKlController, FixedKlController
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Experience, Rollouts, one_version
+from rlhf_ray.distributed.groups import LocalGroup
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.trainers.journal import read_rollouts
 from rlhf_ray.trainers.metric_rows import read_metrics
@@ -27,8 +28,9 @@ from rlhf_ray.trainers.ppo import (
     update,
 )
 from rlhf_ray.trainers.run import RunFolder
-from rlhf_ray.trainers.sampling import Piece, SampleStream, chunk_sizes
+from rlhf_ray.trainers.sampling import Piece, SampleStream, chunk_sizes, generators_together
 from rlhf_ray.trainers.turns import GpuTurns
+from rlhf_ray.workers.generator import Finished
 from rlhf_ray.workers.learner import Values
 from rlhf_ray.workers.objectives import JointObjective, PolicyObjective, ValueObjective
 from tests.unit.trainers.fake_workers import (
@@ -342,7 +344,7 @@ def test_policy_and_critic_learn() -> None:
         policy_loss={"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 3.0, "entropy_coefficient": 0.01},
         value_loss={"clip": 0.5},
     )
-    assert events == [("policy update", 7, 3, 4, None), ("critic update", 7, 3, 4, None)]
+    assert events == [("policy update", 7, 3, 4), ("critic update", 7, 3, 4)]
     assert metrics == {
         "policy/loss": 1.0,
         "policy/grad_norm": 2.0,
@@ -364,7 +366,7 @@ def test_the_warm_up_trains_the_critic_alone() -> None:
     settings = {"critic": {"warmup_iterations": 2}}
     for iteration in (1, 2):
         metrics, _, events = updated(iteration, **settings)
-        assert events == [("critic update", iteration, 3, 4, None)]
+        assert events == [("critic update", iteration, 3, 4)]
         assert metrics == {"critic/loss": 1.0, "critic/grad_norm": 2.0, "guard/skipped_steps": 1.0}
     _, _, events = updated(3, **settings)
     assert [name for name, *_ in events] == ["policy update", "critic update"]
@@ -374,7 +376,7 @@ def test_a_value_head_learns_with_the_policy() -> None:
     metrics, groups, events = updated(
         1, value_head=True, critic={"kind": "value_head"}, value_loss={"coefficient": 0.25, "clip": 0.5}
     )
-    assert events == [("policy update", 1, 3, 4, None)]
+    assert events == [("policy update", 1, 3, 4)]
     joint = objective(groups.policy)
     assert isinstance(joint, JointObjective)
     assert (joint.coefficient, joint.value.loss.clip) == (0.25, 0.5)
@@ -388,7 +390,7 @@ def test_without_a_critic_the_kl_can_be_a_loss() -> None:
         sampling={"samples_per_prompt": 2},
         policy_loss={"aggregation": "sequence_mean"},
     )
-    assert events == [("policy update", 1, 3, 4, None)]
+    assert events == [("policy update", 1, 3, 4)]
     policy = objective(groups.policy)
     assert (policy.kl.estimator, policy.kl.coefficient, policy.kl.aggregation) == ("k2", 0.3, "sequence_mean")
     assert policy.unit == "sequence"
@@ -410,9 +412,8 @@ class Stage:
     def session(self, *, held_out: bool = True, fails_at: int | None = None) -> Events:
         """Runs to the end, or to the failure; what happened."""
         self.events, recorder = [], Recorder()
-        journal = self.run_dir / "ppo" / "rollouts"
-        self.policy = FakeLearner(self.events, journal=journal, fails_at=fails_at)
-        critic = FakeLearner(self.events, "critic", journal=journal)
+        self.policy = FakeLearner(self.events, fails_at=fails_at)
+        critic = FakeLearner(self.events, "critic")
         groups = ppo_groups(self.events, policy=self.policy, critic=critic, recorder=recorder)
         settings = self.config.kl
         kl = (
@@ -441,7 +442,7 @@ JUDGED = [("reference logprobs", 1.0), ("policy logprobs", None), ("critic value
 
 def iteration_events(iteration: int, ids: list[int]) -> Events:
     checked = ("check rollouts", iteration - 1, -1.0)
-    learnt = [(f"{role} update", iteration, 1, 1, True) for role in ("policy", "critic")]
+    learnt = [(f"{role} update", iteration, 1, 1) for role in ("policy", "critic")]
     return [("generate", iteration, ids), *JUDGED, checked, *learnt, ("sync", iteration)]
 
 
@@ -449,7 +450,7 @@ EVALUATED = [("generate", 0, [90, 91, 92])]
 
 
 def test_the_order_of_events(tmp_path: Path) -> None:
-    """Weights are synced before anything is sampled and after every update; samples are kept before they are used."""
+    """Weights are synced before anything is sampled and after every update."""
     stage = Stage(tmp_path)
     assert stage.session() == [
         ("sync", 0),
@@ -616,7 +617,7 @@ def test_responses_outlive_a_change_of_the_weights(tmp_path: Path) -> None:
     started = [event for event in events if event[0] in ("generate", "policy update", "reference logprobs")]
     # A batch is judged in two pieces: what was finished before the sync, and the row that was late.
     judged = [("reference logprobs", 1.0)] * 2
-    learnt = [("policy update", k, 1, 1, True) for k in (1, 2, 3)]
+    learnt = [("policy update", k, 1, 1) for k in (1, 2, 3)]
     one, two, three = (("generate", k, list(range(6 * k - 6, 6 * k))) for k in (1, 2, 3))
     assert started == [one, two, *judged, learnt[0], three, *judged, learnt[1], *judged, learnt[2]]
     kept = read_rollouts(stage.run_dir / "ppo/rollouts/iteration_000003.parquet").rollouts
@@ -625,6 +626,59 @@ def test_responses_outlive_a_change_of_the_weights(tmp_path: Path) -> None:
     assert kept.policy_versions[:, 2:].tolist() == [[1, 2], *[[1, 1]] * 5]
     assert [row["generator/policy_version_lag"] for row in stage.metrics()] == [0, 1, 1]
     assert ["generator/logprob_diff_mean" in row for row in stage.metrics()] == [True, True, True]
+
+
+class ManyGenerators:
+    """Eight generators of 32 samples each, in two chunks; they answer at once, in an order of their own."""
+
+    size = 8
+
+    def __init__(self) -> None:
+        self.given = [0] * self.size
+
+    def split(self, *args: Any, **kwargs: Any) -> Any:
+        return LocalGroup(Finishes()).first(Finishes.nothing)
+
+    def one(self, rank: int, method: Any, *, iteration: int, count: int) -> Any:
+        places = [place for place in range(31, -1, -1) if place % 2 == self.given[rank]]
+        self.given[rank] += 1
+        found = make_rollouts([1 + self.given[rank]] * count, ids=[32 * rank + place for place in places])
+        return LocalGroup(Finishes(torch.tensor(places), found)).first(Finishes.finished)
+
+
+class Finishes:
+    """Gives what it was made with."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def finished(self) -> Finished:
+        return Finished(*self.parts)
+
+    def nothing(self) -> None: ...
+
+
+def test_the_chunks_of_many_generators_are_judged_together() -> None:
+    """Two generators' at a time; a piece has the chunks of one number, and its rows in order."""
+    config = ppo_settings(prompts_per_iteration=256)
+    generators: Any = ManyGenerators()
+    pieces = list(SampleStream(config, generators, FakePrompts()).pieces(1))
+    assert [len(piece.rows) for piece in pieces] == [32] * 8
+    assert sorted(row for piece in pieces for row in piece.rows.tolist()) == list(range(256))
+    for piece in pieces:
+        assert piece.rows.tolist() == sorted(piece.rows.tolist())
+        assert piece.rollouts.prompt_ids.tolist() == piece.rows.tolist()
+        assert piece.rows[-1] - piece.rows[0] == 62
+    lengths = [piece.rollouts.sequences.tokens.shape[1] for piece in pieces]
+    assert sorted(lengths) == [4] * 4 + [5] * 4
+
+
+@pytest.mark.parametrize(
+    ("generators", "changes", "together"),
+    [(1, {}, 1), (4, {}, 1), (5, {}, 2), (64, {}, 16), (64, {"chunk_samples": 16}, 1)],
+)
+def test_of_how_many_generators(generators: int, changes: dict[str, int], together: int) -> None:
+    assert generators_together(ppo_settings(**changes), generators) == together
 
 
 @pytest.mark.parametrize("interrupted", ["keep", "abandon"])

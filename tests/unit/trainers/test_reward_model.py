@@ -76,7 +76,7 @@ def train(folder: Path, *, held_out: bool = True, fails_at: int | None = None) -
 
 
 def step_events(step: int) -> Events:
-    return [("batch", step - 1, 2), ("policy update", step, 1, 1, None)]
+    return [("batch", step - 1, 2), ("policy update", step, 1, 1)]
 
 
 EVALUATED = [("scores", 6)]

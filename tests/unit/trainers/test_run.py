@@ -1,7 +1,9 @@
+import errno
 import io
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -457,3 +459,50 @@ def test_what_an_evaluation_calls_is_no_training_time(tmp_path):
     assert row["time/generate_s"] == 2.0
     assert row["generator/tokens_per_s"] == 2.0
     assert row["time/evaluation_s"] < 2.0
+
+
+def test_samples_are_written_meanwhile_and_there_when_the_iteration_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning = threading.Event()
+    order: list[str] = []
+
+    def write(*args: object, **kwargs: object) -> None:
+        assert learning.wait(timeout=60)
+        order.append("written")
+
+    class Rows:
+        def write(self, iteration: int, metrics: object) -> None:
+            order.append(f"row {iteration}")
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("rlhf_ray.trainers.run.write_rollouts", write)
+    with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
+        view = PlainView("ppo", 1, Recorder(), unit="iteration", out=io.StringIO())
+        with StageRun(
+            folder,
+            settings(),
+            total=1,
+            seed=1,
+            tracking=schema.Tracking(),
+            recorder=Recorder(),
+            trackers=[Rows()],
+            view=view,
+        ) as run:
+            run.start_or_resume(Counter())
+            run.write_rollouts(rollouts(1), scores=torch.zeros(2))
+            learning.set()
+            run.finish_iteration({})
+    assert order == ["written", "row 1"]
+
+
+def test_samples_that_cannot_be_written_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rlhf_ray.trainers.run.write_rollouts", write)
+    with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder, pytest.raises(OSError, match="No space"):
+        train(folder, settings(), Counter())

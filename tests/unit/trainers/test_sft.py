@@ -72,7 +72,7 @@ class Stage:
 
 
 def step_events(step: int) -> Events:
-    return [("batch", step - 1, 2), ("policy update", step, 1, 1, None)]
+    return [("batch", step - 1, 2), ("policy update", step, 1, 1)]
 
 
 EVALUATED = [("policy evaluate_loss", 3)]

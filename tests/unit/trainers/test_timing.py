@@ -17,7 +17,7 @@ SPANS = [
 
 
 def test_span_metrics_by_hand() -> None:
-    assert span_metrics(SPANS, [], Window(100.0, 10.0, 0.25)) == {
+    assert span_metrics(SPANS, [], Window(100.0, 10.0, 0.25, waited_s=9.0)) == {
         "time/generate_s": 4.0,
         "time/policy_logprobs_s": 1.0,
         "time/policy_update_s": 2.0,
@@ -31,6 +31,7 @@ def test_span_metrics_by_hand() -> None:
         # Somebody works from 100 to 107 and half a second later on.
         "time/idle_share": pytest.approx(0.25),
         "time/iteration_s": 10.0,
+        "driver/busy_share": pytest.approx(0.1),
         "driver/cpu_share": 0.025,
     }
 

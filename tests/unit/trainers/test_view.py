@@ -112,6 +112,7 @@ def test_a_long_phase_is_mentioned_once(monkeypatch):
     monkeypatch.setattr(view_module, "LONG_PHASE_S", 0.06)
     out, recorder = io.StringIO(), Recorder()
     recorder.begin("generator", "generate")
+    recorder.begin("generator", "generate")
     with open_view("ppo", 2, recorder, console=Console(file=out)):
         deadline = time.monotonic() + 10
         while not out.getvalue() and time.monotonic() < deadline:

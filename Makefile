@@ -54,6 +54,7 @@ bench: install
 	$(BIN)/rlhf-ray bench sync rollout --json benchmarks/results/sync_rollout.json || status=$$?; \
 	$(BIN)/rlhf-ray bench startup memory --json benchmarks/results/startup_memory.json || status=$$?; \
 	$(BIN)/rlhf-ray bench driver --json benchmarks/results/driver.json || status=$$?; \
+	$(BIN)/rlhf-ray bench plan --json benchmarks/results/plan.json || status=$$?; \
 	$(BIN)/python benchmarks/readme.py && exit $$status
 
 # The same work on TRL, in an environment of its own; an hour and more.

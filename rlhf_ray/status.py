@@ -53,8 +53,10 @@ def status_rows(status: Status, *, now: float, running: bool) -> dict[str, str]:
     place = status.stages.index(status.stage) + 1 if status.stage in status.stages else 1
     stage = f"{status.stage} (stage {place} of {len(status.stages)})"
     done = f"{stage}: {status.unit} {status.iteration} of {status.total} done"
-    if status.outcome is not None:
-        rows = {"phase": f"{done}; {_ended(status.outcome)}"}
+    if status.outcome == "done":
+        rows = {"phase": done}
+    elif status.outcome is not None:
+        rows = {"phase": f"{done}; {'' if status.outcome == 'stopped' else 'failed by '}{status.outcome}"}
     elif running:
         rows = {"phase": f"{done}; now {_now(status.active, now)}"}
         if now - status.written_s > _SILENT_S:
@@ -75,10 +77,6 @@ def _now(active: tuple[Activity, ...], now: float) -> str:
     if not active:
         return "the driver"
     return ", ".join(f"{phase(call)} for {duration(now - call.since)}" for call in active)
-
-
-def _ended(outcome: str) -> str:
-    return outcome if outcome in ("done", "stopped") else f"failed by {outcome}"
 
 
 def _progress(since_s: float, metrics: Mapping[str, float]) -> str:

@@ -19,7 +19,7 @@ from rlhf_ray.trainers.timing import QUESTIONS
 
 FILE = "status.json"
 EVERY_S = 5.0
-_SOONEST_S = 0.5
+_SETTLED_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,9 @@ class StatusFile:
             os.replace(partial, self._path)
 
     def _write_until_closed(self) -> None:
-        while not self._closed.wait(_SOONEST_S):
+        while not self._closed.is_set():
             self._news.wait(EVERY_S)
             self._news.clear()
+            # When an iteration has just ended, the calls of the next one are about to be sent.
+            self._closed.wait(_SETTLED_S)
             self.write()

@@ -175,7 +175,7 @@ def test_submit(tmp_path: Path, head: Head) -> None:
     assert [line.split()[1] for line in listed[1:]] == ["FAILED", "SUCCEEDED"]
     assert "FAILED, exit code 2" in head.run("status", str(tmp_path / "run")).stdout
     first = done.stderr.split("submitted as ")[1].split(";")[0]
-    assert "ppo (stage 1 of 1): iteration 1 of 1 done; done\n" in head.run("status", first).stdout
+    assert "ppo (stage 1 of 1): iteration 1 of 1 done\n" in head.run("status", first).stdout
     known = httpx.get(f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
     assert SECRET not in known.text
     assert TOKEN not in known.text

@@ -216,8 +216,8 @@ def test_a_status_in_words() -> None:
     assert "progress" not in rows
     silent = status_rows(written(written_s=now - 300), now=now, running=True)["silent"]
     assert silent == "the driver has written nothing for 5 min 0 s"
-    for outcome, words in (("done", "done"), ("stopped", "stopped"), ("WorkerError", "failed by WorkerError")):
-        assert status_rows(written(outcome=outcome), now=now, running=False)["phase"].endswith(f"done; {words}")
+    for outcome, words in (("done", ""), ("stopped", "; stopped"), ("WorkerError", "; failed by WorkerError")):
+        assert status_rows(written(outcome=outcome), now=now, running=False)["phase"].endswith(f" 9 done{words}")
     assert status_rows(written(), now=now, running=False)["phase"].endswith("it has ended without a word")
 
 

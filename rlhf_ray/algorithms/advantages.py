@@ -31,12 +31,14 @@ def gae(
     require(0 <= gamma <= 1, "gamma", gamma, "a number from 0 to 1")
     require(0 <= lam <= 1, "lam", lam, "a number from 0 to 1")
     advantage, next_value = torch.zeros_like(bootstrap), bootstrap
+    # By time, so that each step reads what lies together.
+    r, v, counts = (x.t().contiguous() for x in (rewards, values, mask))
     backwards = []
-    for t in reversed(range(mask.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]  # arXiv:1506.02438, section 3: delta^V
+    for t in reversed(range(len(counts))):
+        delta = r[t] + gamma * next_value - v[t]  # arXiv:1506.02438, section 3: delta^V
         here = delta + gamma * lam * advantage  # arXiv:1506.02438, eq. 16, as a recursion
-        advantage = torch.where(mask[:, t], here, advantage)
-        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantage = torch.where(counts[t], here, advantage)
+        next_value = torch.where(counts[t], v[t], next_value)
         backwards.append(advantage)
     advantages = torch.stack(backwards[::-1], dim=1)
     return zero_outside(advantages, mask), zero_outside(advantages + values, mask)

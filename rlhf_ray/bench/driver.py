@@ -4,10 +4,10 @@
 answer after realistic times with tensors of realistic sizes: 16,384 samples of 256 prompt tokens and up to 512 response
 tokens. What is measured is what the driver itself does meanwhile, its memory, and Ray's object store.
 
-The times are those of a model with 7 billion parameters on so many H100, rather short than long, since a short
-iteration is the stricter one: 5.5 million sampled tokens at 1,700 a second and generator are 50 s; a pass over 10
-million tokens is 1.4e17 FLOPs, 32 s on 8 or 16 GPUs of 400 TFLOP/s at best; learning is three of them, 45 s at 16 GPUs
-that are fully used; 14 GB to every generator in 2 s. So that a benchmark ends, the stand-ins sleep for a part of it.
+The times are those of networks with 7 billion parameters on as many H100: 512 steps of 50 ms to generate; 8.7 million
+tokens at 2 x 7e9 FLOPs each, and 4e14 a second, are 300 GPU-seconds for a network to judge them, and three times as
+many for it to learn from them once; 2 s to send 14 GB to every generator. So that a benchmark ends, the stand-ins sleep
+for a part of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -83,24 +84,24 @@ class Scale:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of an iteration's work.
+    """How long an iteration's work takes, in seconds.
 
     Args:
         generation: until the last response ends.
-        judging: of all samples, by the reward's workers; the same by the reference's, the policy's and the critic's.
-        learning: of policy and critic, side by side.
+        judging: GPU-seconds of a network that reads all samples.
+        learning: GPU-seconds of a network that learns from all samples.
         sync: of the weights.
     """
 
-    generation: float = 50.0
-    judging: float = 32.0
-    learning: float = 45.0
+    generation: float = 25.6
+    judging: float = 300.0
+    learning: float = 900.0
     sync: float = 2.0
 
-    @property
-    def iteration(self) -> float:
-        """What an iteration takes at least, were judging hidden behind generation."""
-        return self.generation + self.learning + self.sync
+    def iteration(self, scale: Scale) -> float:
+        """An iteration at least: the scorers have all to read from the first quarter of the responses on."""
+        judging, learning = self.judging / (scale.scorers // 2), self.learning / (scale.learners // 2)
+        return self.generation / 4 + judging + learning + self.sync
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,9 @@ def measure(settings: Settings) -> list[Figure]:
     return figures(simulate(settings.folder / "run", iterations=iterations))
 
 
-def figures(seen: Sequence[Observation], times: Times = Times()) -> list[Figure]:
+def figures(seen: Sequence[Observation], *, scale: Scale = Scale(), times: Times = Times()) -> list[Figure]:
     """The figures of a run; its first iteration is the warm-up. The memory's floor is that of the second third."""
+    work_s = times.iteration(scale)
     steady = seen[1:]
     third = len(steady) // 3
     middle, last = steady[third : 2 * third], steady[2 * third :]
@@ -171,10 +173,8 @@ def figures(seen: Sequence[Observation], times: Times = Times()) -> list[Figure]
     # From one iteration to the next the memory varies by a tenth, by how freed pieces lie.
     growth = 1.05 if len(steady) >= _MANY else 1.2
     return [
-        from_pairs("driver/overhead", [(each.driver_s, times.iteration) for each in steady], unit="s", at_most=0.05),
-        from_pairs(
-            "driver/no_worker_runs", [(each.idle_s, times.iteration) for each in steady], unit="s", at_most=0.05
-        ),
+        from_pairs("driver/overhead", [(each.driver_s, work_s) for each in steady], unit="s", at_most=0.05),
+        from_pairs("driver/no_worker_runs", [(each.idle_s, work_s) for each in steady], unit="s", at_most=0.05),
         from_pairs("driver/memory", [(after, before)], unit="MiB", at_most=growth),
         alone("driver/object_store", [each.store_mib for each in steady], unit="MiB", at_most=_LITTLE_MIB),
         alone("driver/calls", [float(each.calls) for each in steady], unit="calls", at_most=_FEW_CALLS),
@@ -205,7 +205,9 @@ def simulate(
     )
     recorder = Recorder()
     cast = _Cast(config, scale, times, speed)
-    with Cluster("local", recorder=recorder, num_cpus=4), RunFolder.create(folder, {"config.yaml": ""}) as home:
+    with ExitStack() as stack:
+        stack.enter_context(Cluster("local", recorder=recorder, num_cpus=4))
+        home = stack.enter_context(RunFolder.create(folder, {"config.yaml": ""}))
         started = {}
         for role, size in cast.sizes.items():
             started[role] = start_stand_ins(
@@ -218,6 +220,7 @@ def simulate(
                 timeout_s=_TIMEOUT_S,
                 recorder=recorder,
             )
+            stack.callback(started[role].close)
         watch = _Watch(cast)
         gather(*(group.ready for group in started.values()))
         groups = PpoGroups(
@@ -251,8 +254,6 @@ def simulate(
                 home.path, "ppo", groups.generator, _FullHouse(), message=run.message, done=0, total=iterations
             )
             train_ppo(config, groups, samples, None, weights, GpuTurns(), kl, scaling, run)
-        for group in started.values():
-            group.close()
     return watch.seen
 
 
@@ -378,9 +379,9 @@ class _Cast:
                 case "logprobs" | "values" | "score":
                     sequences = args[0].sequences if method == "score" else args[0]
                     rows, width = sequences.tokens.shape
-                    return (method, rows, width), times.judging * rows * size / self._scale.samples, 1
+                    return (method, rows, width), times.judging * rows / self._scale.samples, 1
                 case "update":
-                    return method, times.learning, 1
+                    return method, times.learning / size, 1
                 case _:
                     return method, 0.0, 1
 

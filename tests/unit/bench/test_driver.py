@@ -2,7 +2,11 @@
 
 import pytest
 
-from rlhf_ray.bench.driver import Observation, Times, figures
+from rlhf_ray.bench.driver import Observation, Scale, Times, figures
+
+# 4 s until the first quarter is there, 18 s to judge with 2 scorers, 15 s to learn with 4 learners, 3 s to sync.
+SMALL = Scale(scorers=4, learners=8)
+TIMES = Times(generation=16.0, judging=36.0, learning=60.0, sync=3.0)
 
 
 def seen(*memory: float, busy: float = 0.25, idle: float = 0.1, calls: int = 7) -> list[Observation]:
@@ -17,7 +21,7 @@ def seen(*memory: float, busy: float = 0.25, idle: float = 0.1, calls: int = 7) 
 
 def test_figures_by_hand() -> None:
     """Of 7 iterations the first is left out; the memory of the last two is held against that of the two before."""
-    found = {each.name: each for each in figures(seen(99, 1, 1, 10, 30, 25, 20), Times(20.0, 9.0, 15.0, 5.0))}
+    found = {each.name: each for each in figures(seen(99, 1, 1, 10, 30, 25, 20), scale=SMALL, times=TIMES)}
     overhead = found["driver/overhead"]
     assert (overhead.value, overhead.floor, overhead.ratio) == (2.0, 40.0, pytest.approx(0.05))
     assert (overhead.repeats, overhead.missed) == (6, False)
@@ -36,5 +40,5 @@ def test_memory_that_grows_misses_its_bound() -> None:
 
 
 def test_a_driver_that_is_too_slow_misses_its_bound() -> None:
-    found = figures(seen(*[1.0] * 7, busy=0.9, idle=0.7), Times())
+    found = figures(seen(*[1.0] * 7, busy=0.9, idle=0.7), scale=SMALL, times=TIMES)
     assert [each.name for each in found if each.missed] == ["driver/overhead", "driver/no_worker_runs"]

@@ -110,7 +110,7 @@ class Host:
 
 
 def _found() -> Found:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("HIP_VISIBLE_DEVICES"))
     return Found(
         node=ray.get_runtime_context().get_node_id(),
         address=ray.util.get_node_ip_address(),

@@ -72,7 +72,7 @@ _CONNECT_S = 5.0
 _LAG_S = 1.0
 _LAG_STEP_S = 0.05
 # How long Ray may try bundles that by our own packing have no room on the nodes, even if all of them were free.
-_DOUBTFUL_S = 3.0
+_DOUBTFUL_S = 2.0
 _NEW_ROOM_S = 1.0
 _POLL_S = 0.02
 # What workers take over from the driver's environment. Never a secret: these values can be read in Ray's own logs.

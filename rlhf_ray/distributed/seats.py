@@ -70,7 +70,7 @@ def check_seats(seats: Sequence[Seat]) -> None:
         wanted = math.ceil(seat.share.gpus)
         if len(set(found.gpus)) != wanted:
             raise _wrong(seat, _gpus(found.gpus), f"{count(wanted, 'GPU')} ({seat.role}.gpus {seat.share.gpus:g})")
-        if wanted and found.visible != found.gpus:
+        if wanted and (found.visible is None or set(found.visible) != set(found.gpus)):
             seen = "all GPUs" if found.visible is None else _gpus(found.visible)
             raise _wrong(
                 seat,

@@ -166,13 +166,24 @@ def workers(cluster: Cluster) -> dict[str, Any]:
     }
 
 
+def blind(cluster: Cluster) -> str:
+    """What is said of a worker that Ray has not confined to its GPU."""
+    env = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    with cluster.reserve([RoleRequest("policy", gpus=1.0, env=env)]) as placement:
+        placement.start("policy", Witness)
+        try:
+            return placement.verify()[0]
+        except PlacementError as error:
+            return str(error)
+
+
 def main() -> None:
     """Grows the cluster, and prints all that was found."""
     found: dict[str, Any] = {"layouts": {}}
     fake = FakeNodes(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     try:
         with (
-            Cluster(fake.address, start_timeout_s=60) as cluster,
+            Cluster(fake.address, start_timeout_s=240) as cluster,
             Cluster(fake.address, start_timeout_s=2) as impatient,
         ):
             for nodes in (1, 2, 4):
@@ -182,6 +193,7 @@ def main() -> None:
                 found["layouts"][str(nodes)] = layouts(cluster, nodes)
                 if nodes == 2:
                     found["workers"] = workers(cluster)
+                    found["blind"] = blind(cluster)
             fake.add_node(**UNEVEN)
             fake.wait_for_nodes()
             engines = [RoleRequest("generator", 9, gpus=3.0, cpus=1.0)]

@@ -37,7 +37,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     env = alone | {"RAY_TMPDIR": str(short), "HOME": str(folder / "home"), "RAY_USAGE_STATS_ENABLED": "0"}
     try:
         command = [sys.executable, "-m", "tests.integration.fake_nodes"]
-        ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+        ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
     finally:
         short.unlink()
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -90,6 +90,11 @@ def test_each_worker_is_where_it_was_placed(found: dict[str, Any]) -> None:
     assert workers["lines"][0] == f"policy 0: node {address}, GPU {devices[0][1]}"
     assert workers["lines"][-1] == f"critic 2: node {address}, no GPU"
     assert len(workers["trace"]) == len(workers["lines"]) == 8
+
+
+def test_a_worker_that_sees_other_gpus_than_its_own_is_an_error(found: dict[str, Any]) -> None:
+    message = r"^policy rank 0 is in the wrong place: got CUDA_VISIBLE_DEVICES with all GPUs; wanted GPU \d, which Ray"
+    assert re.search(message, found["blind"]), found["blind"]
 
 
 def test_ranks_over_two_nodes_have_local_ranks(found: dict[str, Any]) -> None:

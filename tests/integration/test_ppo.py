@@ -19,7 +19,12 @@ PLANNED = ("generate", "_score", "_logprobs", "_values", "_update")
 
 CASES: dict[str, dict[str, Any]] = {
     "gae, 2 learners of ZeRO-2, 2 generators": TWO | {"critic": {"workers": 2, "zero": 2}},
-    "ZeRO-3": {"policy": {"workers": 2, "zero": 3}, "critic": {"workers": 2, "zero": 3}},
+    "ZeRO-3, all roles in the policy's bundles": {
+        "policy": {"workers": 2, "zero": 3},
+        "critic": {"workers": 2, "zero": 3, "colocate_with": "policy"},
+        "reference": {"workers": 2, "colocate_with": "policy"},
+        "generator": {"colocate_with": "policy"},
+    },
     "value head": {"critic": {"kind": "value_head"}, "advantages": {"bootstrap_truncated": True}},
     "bfloat16": {
         "policy": {"dtype": "bfloat16"},

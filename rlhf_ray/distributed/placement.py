@@ -288,7 +288,8 @@ class _Connection:
 
     def reserve(self, shares: list[Share], strategy: str, timeout_s: float) -> PlacementGroup | None:
         """One placement group with a bundle for each share; None when it did not come about in time."""
-        group = self.ask(shares, strategy)
+        group = placement_group([share.bundle() for share in shares], strategy=strategy)
+        self._reserved[group] = shares
         try:
             if group.wait(timeout_s):
                 return group
@@ -298,10 +299,10 @@ class _Connection:
         self.release(group)
         return None
 
-    def ask(self, shares: list[Share], strategy: str) -> PlacementGroup:
-        """Asks for a placement group with a bundle for each share, which comes about once there is room for it."""
-        group = placement_group([share.bundle() for share in shares], strategy=strategy)
-        self._reserved[group] = shares
+    def ask(self, share: Share) -> PlacementGroup:
+        """Asks for a placement group of one bundle, which comes about once there is room for it."""
+        group = placement_group([share.bundle()])
+        self._reserved[group] = [share]
         return group
 
     def release(self, group: PlacementGroup) -> None:
@@ -552,42 +553,35 @@ class Placement:
 
         Wait for `group.ready` (of all groups together) to know that they are made.
         """
-        seats = self._seats[role]
+        request = self._requests[role]
+        seats = [self._seated(seat, request, rank) for rank, seat in enumerate(self._seats[role])]
+        self._seats[role] = seats
         recipe = ray.put(cloudpickle.dumps((worker_class, args, kwargs)))
-        group: RayGroup[W] = self._build(
-            role, seats, recipe, first_rank=0, release=lambda idle: self._finish(seats, idle=idle)
+        address = seats[0].host.meet.remote() if request.rendezvous else None
+        built = [
+            Call(
+                reply=seat.host.build.remote(Place(role, rank, len(seats)), recipe, address, sys.path),
+                role=role,
+                rank=rank,
+                method="start",
+                timeout_s=self._start_timeout_s,
+                setting="placement.start_timeout_s",
+                process=seat.process,
+            )
+            for rank, seat in enumerate(seats)
+        ]
+        group: RayGroup[W] = RayGroup(
+            role,
+            [seat.host for seat in seats],
+            collective=request.rendezvous,
+            timeout_s=self._call_timeout_s,
+            recorder=self._recorder,
+            built=built,
+            release=lambda idle: self._finish(seats, idle=idle),
         )
         self._groups.append(group)
         self._recipes[role] = group, recipe
         return group
-
-    def grow(self, role: str, workers: int) -> Growth[Any]:
-        """Asks for room for further workers of a started role with `reuse`; each gets the share of its siblings.
-
-        Returns at once. They are made as the others were; a Ray of our own is asked only for the room that it has.
-        """
-        request, share, connection = self._requests[role], self.share(role), self._connection
-        assert request.reuse is not None, f"{role}: its workers have no placement groups of their own"
-        taken = connection.take(replace(request, workers=workers, cpus=share.cpus, gpus=share.gpus))
-        wanted = workers - len(taken)
-        while connection.idle and _room_for(share, connection.capacity()) < wanted:
-            connection.evict()
-        asked = min(wanted, _room_for(share, connection.capacity())) if connection.ours else wanted
-        asked_for = [_Seat(connection.ask([share], "PACK"), 0, share) for _ in range(asked)]
-        growth: Growth[Any] = Growth(
-            self, role, ready=taken, asked=asked_for, lacking=wanted - asked, deadline_s=self._start_timeout_s
-        )
-        self._growths.append(growth)
-        return growth
-
-    def shrink(self, role: str, workers: int) -> None:
-        """Ends all but the first workers of a role with `reuse`, which have nothing to do; gives their room back."""
-        seats = self._seats[role]
-        leaving = seats[workers:]
-        assert workers > 0, f"{role}: nobody would be left"
-        self._recipes[role][0].leave(workers)
-        del seats[workers:]
-        self._dismiss(leaving, idle=True)
 
     def close(self) -> None:
         """Ends the groups and gives the room back; may be called again."""
@@ -603,42 +597,7 @@ class Placement:
                 self._connection.release(room)
             self._seats = {role: [] for role in self._seats}
 
-    def _build(
-        self,
-        role: str,
-        seats: list[_Seat],
-        recipe: ray.ObjectRef[bytes],
-        *,
-        first_rank: int,
-        release: Callable[[bool], None],
-    ) -> RayGroup[Any]:
-        """Starts a worker on each seat."""
-        request = self._requests[role]
-        seats[:] = [self._seated(seat, request) for seat in seats]
-        address = seats[0].host.meet.remote() if request.rendezvous else None
-        built = [
-            Call(
-                reply=seat.host.build.remote(Place(role, rank, first_rank + len(seats)), recipe, address, sys.path),
-                role=role,
-                rank=rank,
-                method="start",
-                timeout_s=self._start_timeout_s,
-                setting="placement.start_timeout_s",
-                process=seat.process,
-            )
-            for rank, seat in enumerate(seats, start=first_rank)
-        ]
-        return RayGroup(
-            role,
-            [seat.host for seat in seats],
-            collective=request.rendezvous,
-            timeout_s=self._call_timeout_s,
-            recorder=self._recorder,
-            built=built,
-            release=release,
-        )
-
-    def _seated(self, seat: _Seat, request: RoleRequest) -> _Seat:
+    def _seated(self, seat: _Seat, request: RoleRequest, rank: int) -> _Seat:
         if seat.host is not None:
             return seat
         env = worker_environment(seat.share, request.env)
@@ -660,17 +619,10 @@ class Placement:
         )
         return replace(seat, host=host, process=host.process.remote(), env=env, reuse=request.reuse)
 
-    def _dismiss(self, seats: Sequence[_Seat], *, idle: bool) -> None:
-        """Lets the workers close, ends their hosts, and gives the room back."""
-        started = [seat for seat in seats if seat.host is not None]
-        _drop(started, timeout_s=_CLOSE_IDLE_S if idle else _CLOSE_BUSY_S)
-        _end(started)
-        for seat in seats:
-            self._connection.release(seat.group)
-
     def _finish(self, seats: Sequence[_Seat], *, idle: bool) -> None:
         """Lets the workers close, keeps the hosts that are to be used again, ends the others."""
-        drops = _drop(seats, timeout_s=_CLOSE_IDLE_S if idle else _CLOSE_BUSY_S)
+        drops = [seat.host.drop.remote() for seat in seats]
+        ray.wait(drops, num_returns=len(drops), timeout=_CLOSE_IDLE_S if idle else _CLOSE_BUSY_S)
         ended = []
         for seat, drop in zip(seats, drops, strict=True):
             if seat.reuse is not None and _succeeded(drop):
@@ -678,6 +630,79 @@ class Placement:
             else:
                 ended.append(seat)
         _end(ended)
+
+    def fixed(self, role: str) -> str:
+        """Why the number of a role's workers cannot change; empty where it can."""
+        own = self._requests[role].reuse is not None
+        return "" if own else "the number of its workers is fixed: they share placement groups with others"
+
+    def grow(self, role: str, workers: int) -> Growth[Any]:
+        """Asks for room for further workers of a role that is not `fixed`; each gets the share of its siblings.
+
+        Returns at once. They are made as the others were; a Ray of our own is asked only for the room that it has.
+        """
+        request, share, connection = self._requests[role], self.share(role), self._connection
+        taken = connection.take(replace(request, workers=workers, cpus=share.cpus, gpus=share.gpus))
+        wanted = workers - len(taken)
+        while connection.idle and _room_for(share, connection.capacity()) < wanted:
+            connection.evict()
+        asked = min(wanted, _room_for(share, connection.capacity())) if connection.ours else wanted
+        growth: Growth[Any] = Growth(
+            self,
+            role,
+            ready=taken,
+            asked=[_Seat(connection.ask(share), 0, share) for _ in range(asked)],
+            lacking=wanted - asked,
+            deadline_s=self._start_timeout_s,
+        )
+        self._growths.append(growth)
+        return growth
+
+    def shrink(self, role: str, workers: int) -> None:
+        """Ends all but the first workers of a role that is not `fixed`; gives the room of the others back."""
+        assert workers > 0, f"{role}: nobody would be left"
+        self._recipes[role][0].leave(workers)
+        leaving = self._seats[role][workers:]
+        del self._seats[role][workers:]
+        self._dismiss(leaving, idle=True)
+
+    def _start_more(self, role: str, seats: list[_Seat]) -> RayGroup[Any]:
+        """Starts a worker on each seat as a group of its own, with the ranks after those of the role's group."""
+        siblings, recipe = self._recipes[role]
+        size = siblings.size + len(seats)
+        ranks = range(siblings.size, size)
+        seats[:] = [self._seated(seat, self._requests[role], rank) for rank, seat in zip(ranks, seats, strict=True)]
+        built = [
+            Call(
+                reply=seat.host.build.remote(Place(role, rank, size), recipe, None, sys.path),
+                role=role,
+                rank=rank,
+                method="start",
+                timeout_s=self._start_timeout_s,
+                setting="placement.start_timeout_s",
+                process=seat.process,
+            )
+            for rank, seat in zip(ranks, seats, strict=True)
+        ]
+        return RayGroup(
+            role,
+            [seat.host for seat in seats],
+            collective=False,
+            timeout_s=self._call_timeout_s,
+            recorder=self._recorder,
+            built=built,
+            release=lambda idle: self._dismiss(seats, idle=idle),
+        )
+
+    def _dismiss(self, seats: Sequence[_Seat], *, idle: bool) -> None:
+        """Lets the workers close, ends their hosts, and gives the room back."""
+        started = [seat for seat in seats if seat.host is not None]
+        drops = [seat.host.drop.remote() for seat in started]
+        if drops:
+            ray.wait(drops, num_returns=len(drops), timeout=_CLOSE_IDLE_S if idle else _CLOSE_BUSY_S)
+        _end(started)
+        for seat in seats:
+            self._connection.release(seat.group)
 
 
 class Growth(Generic[W]):
@@ -749,15 +774,7 @@ class Growth(Generic[W]):
             time.sleep(_POLL_S)
         if self._ready:
             seats, self._ready = self._ready, []
-            siblings, recipe = self._placement._recipes[self._role]
-            group = self._placement._build(
-                self._role,
-                seats,
-                recipe,
-                first_rank=siblings.size,
-                release=lambda idle: self._placement._dismiss(seats, idle=idle),
-            )
-            self._building = group, seats
+            self._building = self._placement._start_more(self._role, seats), seats
 
     def join(self) -> None:
         """Waits until the workers that were started are made, and puts them into the group.
@@ -795,14 +812,6 @@ def _room_for(share: Share, capacity: Capacity) -> int:
     """How many such workers the free cores and GPUs are enough for."""
     needs = ((share.cpus, capacity.free_cpus), (share.gpus, capacity.free_gpus))
     return max(0, min((math.floor(free / need + 1e-6) for need, free in needs if need), default=sys.maxsize))
-
-
-def _drop(seats: Sequence[_Seat], *, timeout_s: float) -> list[ray.ObjectRef[None]]:
-    """Lets the workers close; the replies, which are waited for until the time is over."""
-    drops = [seat.host.drop.remote() for seat in seats]
-    if drops:
-        ray.wait(drops, num_returns=len(drops), timeout=timeout_s)
-    return drops
 
 
 def _succeeded(reply: ray.ObjectRef[None]) -> bool:

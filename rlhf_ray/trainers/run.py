@@ -68,7 +68,6 @@ from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.metrics import MetricLog, Number, Tracker
 from rlhf_ray.trainers.model_card import write_model_card
 from rlhf_ray.trainers.preference_report import PreferenceReport, report_tables, write_report
-from rlhf_ray.trainers.scale_file import LOCK
 from rlhf_ray.trainers.timing import Stopwatch, span_metrics
 from rlhf_ray.trainers.trace import FILE as TRACE
 from rlhf_ray.trainers.trace import TraceFile
@@ -258,7 +257,7 @@ def _refuse_a_run(path: Path) -> None:
 def _lock(path: Path) -> int:
     """A descriptor that holds the folder's lock until it is closed or the process ends, however it ends."""
     try:
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"run_dir: {path} cannot be written to: {error.strerror}; choose another") from error
     try:

@@ -53,6 +53,9 @@ class Growth(Protocol):
 class Room(Protocol):
     """Where workers are placed, see `placement.Placement`."""
 
+    def fixed(self, role: str) -> str:
+        """Why the number of a role's workers cannot change; empty where it can."""
+
     def grow(self, role: str, workers: int) -> Growth:
         """Asks for room for further workers."""
 
@@ -116,7 +119,11 @@ class Scaling:
         if wish is not None and wish.stage == self._stage and wish != self._wish:
             self._give_up()
             self._wish, self._settled, self._note = wish, False, ""
-            if wish.generator > self._group.size:
+            if fixed := self._room.fixed(ROLE):
+                self._settled = True
+                self._say(fixed)
+                self._write()
+            elif wish.generator > self._group.size:
                 self._growth = self._room.grow(ROLE, wish.generator - self._group.size)
         if self._growth is not None:
             self._growth.build()

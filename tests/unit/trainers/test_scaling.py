@@ -60,8 +60,12 @@ class FakeRoom:
         self.patient = True
         self.broken = False
         self.unfinished = 0
+        self.why_fixed = ""
         self.events: list[Any] = []
         self.growths: list[FakeGrowth] = []
+
+    def fixed(self, role: str) -> str:
+        return self.why_fixed
 
     def grow(self, role: str, workers: int) -> FakeGrowth:
         self.events.append(("grow", role, workers))
@@ -179,6 +183,17 @@ def test_a_worker_that_cannot_be_made_ends_nothing(tmp_path: Path) -> None:
         wish_for(tmp_path, stage="ppo", generator=3)
         assert course.iterate(4) == [("grow", "generator", 1), "receivers changed"]
         assert course.standing().note == ""
+
+
+def test_a_number_that_cannot_change_is_said(tmp_path: Path) -> None:
+    course = Course(tmp_path)
+    course.room.why_fixed = "they share placement groups with others"
+    with course.scaling:
+        for wanted in (3, 1):
+            wish = wish_for(tmp_path, stage="ppo", generator=wanted)
+            assert course.iterate(course.iteration + 1) == []
+            note = "they share placement groups with others"
+            assert course.standing() == Standing("ppo", 2, 1, wish.number, True, note)
 
 
 def test_the_end_of_a_stage_ends_what_is_on_its_way(tmp_path: Path) -> None:

@@ -11,11 +11,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import dump_pipeline
-from rlhf_ray.distributed.placement import Cluster
+from rlhf_ray.distributed.groups import Place
+from rlhf_ray.distributed.placement import Cluster, Growth, RoleRequest
+from rlhf_ray.errors import DataError
 from rlhf_ray.trainers.journal import read_rollouts
 from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.scale_file import read_standing
@@ -88,13 +91,63 @@ def sampled_by(run_dir: Path) -> list[set[int]]:
     return [{call["tid"] for call in calls if call["args"]["iteration"] == number} for number in range(1, 7)]
 
 
+class Worker:
+    """Says who it is; it cannot be made where the file is."""
+
+    def __init__(self, place: Place, *, broken: Path) -> None:
+        if broken.exists():
+            raise DataError("no such model")
+        self.place = place
+
+    def who(self) -> tuple[int, int]:
+        return self.place.rank, os.getpid()
+
+    def echo(self, numbers: list[int]) -> list[int]:
+        return numbers
+
+
+def test_a_group_grows_into_the_room_that_there_is(tmp_path: Path, cluster: Cluster) -> None:
+    """One comes, for a second there is no room; one that cannot be made leaves the group as it was."""
+    broken = tmp_path / "broken"
+    with cluster.reserve([RoleRequest("worker", cpus=2, reuse=str(tmp_path))]) as placement:
+        group = placement.start("worker", Worker, broken=broken)
+        first = group.all(Worker.who).result()
+        growth: Growth[Worker] = placement.grow("worker", 2)
+        growth.build()
+        growth.join()
+        assert (growth.missing, growth.waits) == (1, False)
+        assert growth.shortage() == "no room for 1 more: each needs 2 CPUs; 0 of 4 CPUs are free"
+        ranks, processes = zip(*group.all(Worker.who).result(), strict=True)
+        assert ranks == (0, 1)
+        assert (ranks[0], processes[0]) == first[0]
+        assert group.split(Worker.echo, [1, 2, 3]).result() == [1, 2, 3]
+
+        placement.shrink("worker", 1)
+        assert group.all(Worker.who).result() == first
+        assert not psutil.pid_exists(processes[1])
+
+        broken.touch()
+        failing: Growth[Worker] = placement.grow("worker", 1)
+        failing.build()
+        with pytest.raises(DataError, match="worker rank 1, start: no such model"):
+            failing.join()
+        assert group.all(Worker.who).result() == first
+        # Its room is free again, and that of one which nobody waits for as well.
+        for _ in range(2):
+            again: Growth[Worker] = placement.grow("worker", 1)
+            assert again.waits
+            again.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("interrupted", ["wait", "keep", "abandon"])
 def test_one_goes_and_one_comes_while_samples_are_ahead(
     interrupted: str, tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What the leaving one has not finished begins anew; each sample is used once."""
-    ahead = {"staleness": 1, "interrupted": interrupted, "generator": {"workers": 2}}
+    # Two at a time: when six of a generator's eight have ended, the last two have not begun.
+    two = {"workers": 2, "max_sequences": 2}
+    ahead = {"staleness": 1, "interrupted": interrupted, "generator": two}
     scaled = run(six_iterations(tmp_path, "scaled", wishes={"1": 1, "3": 2}, **ahead), tmp_path)
     assert [row["generator/workers"] for row in scaled] == [2, 2, 1, 1, 2, 2]
     said = capsys.readouterr().out

@@ -118,6 +118,19 @@ class SmallLearner:
 LORA = schema.Lora(rank=2, alpha=8.0)
 
 
+def make_generator(model: str, rank: int, config: schema.Generator, lora: schema.Lora | None = None) -> Generator:
+    return Generator(
+        Place("generator", rank, rank + 1),
+        config=config,
+        model=model,
+        revision=None,
+        tokenizer=model,
+        max_model_len=64,
+        seed=0,
+        lora=lora,
+    )
+
+
 def start(
     model: str,
     generators: int = 1,
@@ -128,19 +141,7 @@ def start(
 ) -> tuple[WeightSync, SmallLearner, list[Generator]]:
     config = schema.Generator(engine="hf", workers=generators)
     policy = [SmallLearner(model, rank, lora) for rank in range(learners)]
-    workers = [
-        Generator(
-            Place("generator", rank, generators),
-            config=config,
-            model=model,
-            revision=None,
-            tokenizer=model,
-            max_model_len=64,
-            seed=0,
-            lora=lora,
-        )
-        for rank in range(generators)
-    ]
+    workers = [make_generator(model, rank, config, lora) for rank in range(generators)]
     placement = schema.Placement(call_timeout_s=20.0, bucket_mib=1, **settings)
     groups: Any = {"policy": ThreadGroup("policy", policy), "generator": ThreadGroup("generator", workers)}
     sync = WeightSync(
@@ -187,6 +188,20 @@ def test_every_generator_holds_the_weights_afterwards(llama: str, transport: str
         "sync/probe_diff_mean",
         "sync/probe_diff_max",
     }
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+def test_generators_that_come_and_go_are_met_by_the_next_sync(llama: str, transport: str) -> None:
+    sync, learner, generators = start(llama, generators=2, transport=transport)
+    sync.sync(0)
+    for version, size in ((1, 3), (2, 1), (3, 2)):
+        del generators[size:]
+        missing = range(len(generators), size)
+        generators += [make_generator(llama, rank, schema.Generator(engine="hf")) for rank in missing]
+        sync.receivers_changed()
+        learner.nudge()
+        assert sync.sync(version)["sync/probe_diff_max"] < 1e-5
+        assert [generator.version for generator in generators] == [version] * size
 
 
 def test_tied_embeddings_travel_under_both_names(gpt2: str) -> None:

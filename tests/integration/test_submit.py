@@ -22,6 +22,7 @@ import pytest
 
 from rlhf_ray.config.load import dump_pipeline
 from rlhf_ray.distributed.faults import VARIABLE
+from rlhf_ray.distributed.jobs import PROBE_S
 from rlhf_ray.trainers.metric_rows import read_metrics
 from tests.integration.tiny_runs import comparable, tiny_ppo, weights_digest
 
@@ -114,7 +115,8 @@ def wait_for_jobs_api(address: str, process: subprocess.Popen[bytes], log: Path)
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            answer = httpx.get(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=5)
+            # `connect` waits no longer, and a head that is still starting answers late.
+            answer = httpx.get(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=PROBE_S)
             if answer.status_code == 200:
                 return
         except httpx.HTTPError:

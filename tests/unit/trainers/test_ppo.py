@@ -639,7 +639,7 @@ class ManyGenerators:
     def split(self, *args: Any, **kwargs: Any) -> Any:
         return LocalGroup(Finishes()).first(Finishes.nothing)
 
-    def one(self, rank: int, method: Any, *, iteration: int, count: int) -> Any:
+    def one(self, rank: int, method: Any, *, iteration: int, count: int, part: int = 0) -> Any:
         places = [place for place in range(31, -1, -1) if place % 2 == self.given[rank]]
         self.given[rank] += 1
         found = make_rollouts([1 + self.given[rank]] * count, ids=[32 * rank + place for place in places])

@@ -73,6 +73,7 @@ class Crowd:
             worker: Any = object.__new__(Generator)
             worker.place, worker.seed, worker.engine = Place("generator", rank, size), 5, Engine()
             worker._started, worker._ended = {}, {}
+            worker._asleep, worker._without_weights = [], False
             if self.workers:
                 worker.engine.version = self.workers[0].engine.version
             self.workers.append(worker)

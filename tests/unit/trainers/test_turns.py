@@ -143,7 +143,7 @@ def test_the_turns_of_a_run(tmp_path: Path) -> None:
     turns = [event for event in turns if event[0] not in ("critic values", "generate")]
     sampled = [("policy offload", "all"), ("critic offload", "all"), ("wake", "all"), *AWAY]
     kept = [("sleep", "keeps weights"), ("policy reload",), ("critic reload",), ("policy save",), ("critic save",)]
-    updates = [[(f"{role} update", i, 1, 1, None) for role in ("policy", "critic")] for i in (1, 2)]
+    updates = [[(f"{role} update", i, 1, 1) for role in ("policy", "critic")] for i in (1, 2)]
     first = [*AWAY, *SYNC, *AWAY, *updates[0], *SYNC, *kept]
     second = [*sampled, *updates[1], *SYNC, *kept, ("policy save_model",)]
     assert turns == [*first, *second]

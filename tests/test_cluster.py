@@ -493,7 +493,9 @@ def test_kuberay_takes_what_is_rendered(
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("name", ["slurm/run.sbatch", "run_or_resume.sh", "stop_driver.sh"])
 def test_shellcheck_has_nothing_to_say(name: str) -> None:
-    checked = subprocess.run(["shellcheck", str(CLUSTER / name)], capture_output=True, text=True, timeout=60)
+    # 2329: a function that a trap calls counts as never called.
+    command = ["shellcheck", "--exclude=SC2329", str(CLUSTER / name)]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert checked.stdout == ""
 
 

@@ -24,6 +24,8 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 DecayRate = Annotated[Number, Field(ge=0, lt=1)]
 DType = Literal["float32", "bfloat16"]
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+"""How the bundles of a placement group lie on the nodes."""
 STAGE = "stage:"
 """What stands before a stage's name where its result is meant."""
 
@@ -53,6 +55,9 @@ class Workers(Section):
     GPU with, in equal parts; on a machine without GPUs they share a bundle of cores. Unset: each worker has its own."""
     whole_gpus: StrictBool = False
     """Where `gpus` is unset and there are fewer GPUs than workers: too few is an error, and no GPU is shared."""
+    strategy: Strategy | None = None
+    """How this role's workers lie on the nodes, in a placement group of their own: PACK on few of them, SPREAD over
+    many, STRICT_ where nothing else will do. Unset: with the other roles, by placement.strategy."""
 
 
 class NewModel(Section):
@@ -912,8 +917,8 @@ class Placement(Section):
     """Stands for settings of the roles, which `plan` prints. separate: each role has whole GPUs of its own; colocated:
     all roles are on the policy's GPUs, and the generator sleeps while the learners train; shared_scorers: reference and
     reward models share the critic's GPUs, or where there is none each other's. Unset: as the roles say."""
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Placement group strategy for the workers."""
+    strategy: Strategy = "PACK"
+    """Placement group strategy for the workers of roles that have none of their own."""
     transport: Literal["auto", "shared_memory", "gloo", "nccl", "cuda_ipc"] = "auto"
     """How weights travel from learner to generators; auto: shared_memory on one CPU node, gloo across nodes, cuda_ipc
     on one GPU, nccl across GPUs."""

@@ -33,6 +33,7 @@ class RoleRequest:
         colocate_with: the role whose i-th worker has the bundle, and so the GPU, that the i-th worker shares; where
             that role is not asked for, those that name it share with each other. None: a bundle for each worker.
         whole_gpus: where gpus is None and there are fewer GPUs than workers, that is a shortage, and no GPU is shared.
+        strategy: how the role's workers lie on the nodes, in a placement group of their own; None: with the others.
     """
 
     role: str
@@ -44,6 +45,7 @@ class RoleRequest:
     reuse: str | None = None
     colocate_with: str | None = None
     whole_gpus: bool = False
+    strategy: str | None = None
 
 
 Bundle: TypeAlias = tuple[RoleRequest, ...]
@@ -101,15 +103,21 @@ def sharing(requests: Sequence[RoleRequest]) -> list[Bundle]:
 
 
 def without_reuse(requests: Sequence[RoleRequest]) -> list[RoleRequest]:
-    """The requests, those that share bundles without `reuse`: their processes end with the others'."""
-    shared = {request.role for members in sharing(requests) if len(members) > 1 for request in members}
+    """The requests, those that share bundles or a placement group without `reuse`: their processes end together."""
+    shared = {
+        request.role
+        for members in sharing(requests)
+        if len(members) > 1 or members[0].strategy is not None
+        for request in members
+    }
     return [replace(request, reuse=None) if request.role in shared else request for request in requests]
 
 
 def reservations(requests: Sequence[RoleRequest]) -> list[list[Bundle]]:
     """The placement groups that are reserved, each with its bundles.
 
-    Workers whose processes may be used again have a group each, so that they can outlive the others.
+    Workers whose processes may be used again have a group each, so that they can outlive the others; those of a role
+    with a strategy of its own have one together.
     """
     together: list[Bundle] = []
     apart: list[list[Bundle]] = []
@@ -118,11 +126,18 @@ def reservations(requests: Sequence[RoleRequest]) -> list[list[Bundle]]:
             tuple(each for each in members if each.workers > rank)
             for rank in range(max(each.workers for each in members))
         ]
-        if members[0].reuse is None:
+        if members[0].strategy is not None:
+            apart.append(bundles)
+        elif members[0].reuse is None:
             together += bundles
         else:
             apart += [[bundle] for bundle in bundles]
     return [bundles for bundles in (together, *apart) if bundles]
+
+
+def strategy_of(group: Sequence[Bundle], strategy: str) -> str:
+    """The strategy of a placement group; `strategy` where its roles have none of their own."""
+    return group[0][0].strategy or strategy
 
 
 def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, may_wait: bool) -> Shares:
@@ -131,7 +146,7 @@ def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, m
     Args:
         requests: what the roles ask for; role names differ.
         capacity: what there is.
-        strategy: the placement group's strategy.
+        strategy: that of roles that have none of their own.
         may_wait: what is taken now may become free, so only what the whole cluster cannot give is refused.
 
     Raises:
@@ -200,13 +215,13 @@ def assign(
         wanted = [shares.of(bundle) for bundle in group]
         for index in sorted(range(len(group)), key=lambda index: (-wanted[index].gpus, -wanted[index].cpus)):
             share = wanted[index]
-            node = _node_for(share, free, used, strategy)
+            node = _node_for(share, free, used, strategy_of(group, strategy))
             if node is None:
                 left = "; ".join(f"{each.cpus:g} CPUs, {each.gpus:g} GPUs" for each in free)
                 raise PlacementError(
                     f"{named(group[index])}: one worker needs {count(share.cpus, 'CPU')} and "
                     f"{count(share.gpus, 'GPU')} on one node, and with the others in place no node has them "
-                    f"(placement.strategy {strategy}); left are {left}"
+                    f"(strategy {strategy_of(group, strategy)}); left are {left}"
                 )
             used.add(node)
             free[node] = Share(free[node].cpus - share.cpus, free[node].gpus - share.gpus)
@@ -286,20 +301,24 @@ def _refuse_parts(together: Sequence[Bundle], gpus: Mapping[str, float]) -> None
 
 
 def _fit_nodes(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[Share], strategy: str) -> None:
-    bundles = [bundle for group in reservations(requests) for bundle in group]
-    if strategy == "STRICT_SPREAD" and len(bundles) > len(nodes):
-        raise PlacementError(
-            f"placement.strategy STRICT_SPREAD puts each worker on its own node: {len(bundles)} workers, "
-            f"{len(nodes)} nodes"
-        )
-    pieces = {named(members): shares.of(members) for members in sharing(requests)}
-    if strategy == "STRICT_PACK":
-        wanted = [shares.of(bundle) for bundle in bundles]
-        pieces = {
-            "all roles on one node (STRICT_PACK)": Share(
-                sum(share.cpus for share in wanted), sum(share.gpus for share in wanted)
+    groups = reservations(requests)
+    own = {f"{group[0][0].role}.strategy": group for group in groups if group[0][0].strategy is not None}
+    others = [bundle for group in groups if group[0][0].strategy is None for bundle in group]
+    pieces: dict[str, Share] = {}
+    for setting, bundles in {"placement.strategy": others, **own}.items():
+        if not bundles:
+            continue
+        kind, wanted = strategy_of(bundles, strategy), [shares.of(bundle) for bundle in bundles]
+        if kind == "STRICT_SPREAD" and len(bundles) > len(nodes):
+            raise PlacementError(
+                f"{setting} STRICT_SPREAD puts each worker on its own node: {len(bundles)} workers, {len(nodes)} nodes"
             )
-        }
+        if kind == "STRICT_PACK":
+            whose = "all roles" if bundles is others else f"all of {named(bundles[0])}"
+            whole = Share(sum(share.cpus for share in wanted), sum(share.gpus for share in wanted))
+            pieces[f"{whose} on one node ({setting} STRICT_PACK)"] = whole
+        else:
+            pieces |= {named(bundle): share for bundle, share in zip(bundles, wanted, strict=True)}
     for name, piece in pieces.items():
         if not any(piece.cpus <= node.cpus + 1e-6 and piece.gpus <= node.gpus + 1e-6 for node in nodes):
             largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Share(0, 0))

@@ -45,6 +45,7 @@ from rlhf_ray.distributed.bundles import (
     local_ranks,
     named,
     reservations,
+    strategy_of,
     without_reuse,
 )
 from rlhf_ray.distributed.groups import RayGroup
@@ -245,7 +246,7 @@ class Cluster:
 
     Args:
         address: HOST:PORT or `auto`; None: RAY_ADDRESS where it is set, else a Ray of our own on this machine.
-        strategy: placement group strategy.
+        strategy: placement group strategy of roles that have none of their own.
         start_timeout_s: deadline for connecting, reserving and building workers, each.
         call_timeout_s: deadline of each call to a worker.
         recorder: takes the spans of all calls.
@@ -387,7 +388,8 @@ class Cluster:
     ) -> None:
         rooms = [shares.of(bundle) for bundle in bundles]
         timeout_s = self._start_timeout_s if doubt is None else min(_DOUBTFUL_S, self._start_timeout_s)
-        group = connection.reserve(rooms, self._strategy, timeout_s)
+        strategy = strategy_of(bundles, self._strategy)
+        group = connection.reserve(rooms, strategy, timeout_s)
         if group is None and doubt is not None:
             raise doubt
         if group is None:
@@ -401,7 +403,7 @@ class Cluster:
             )
             raise PlacementError(
                 f"not placed within {timeout_s:g} s (placement.start_timeout_s), "
-                f"strategy {self._strategy}: {wanted}; free are {capacity.free_cpus:g} of "
+                f"strategy {strategy}: {wanted}; free are {capacity.free_cpus:g} of "
                 f"{count(capacity.cpus, 'CPU')} and {capacity.free_gpus:g} of {count(capacity.gpus, 'GPU')}"
             )
         for index, (bundle, room) in enumerate(zip(bundles, rooms, strict=True)):
@@ -489,7 +491,9 @@ class Placement:
     def fixed(self, role: str) -> str:
         """Why the number of a started role's workers cannot change; empty where it can."""
         if self._requests[role].reuse is None:
-            return "its workers share their bundles with other roles (colocate_with), or sleep by turns with them"
+            return (
+                "its workers share their bundles with other roles (colocate_with), have a strategy, or sleep by turns"
+            )
         return ""
 
     def grow(self, role: str, workers: int) -> Growth[Any]:

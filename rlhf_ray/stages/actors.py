@@ -80,6 +80,7 @@ def _request(
         reuse=reuse,
         colocate_with=settings.colocate_with,
         whole_gpus=settings.whole_gpus,
+        strategy=settings.strategy,
     )
 
 

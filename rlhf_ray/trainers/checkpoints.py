@@ -51,6 +51,7 @@ _MAY_CHANGE = (
     "*.gpus",
     "*.colocate_with",
     "*.whole_gpus",
+    "*.strategy",
     "*.micro_batch_tokens",
     "*.micro_batch_sequences",
     "generator.workers",

@@ -16,6 +16,7 @@ from rlhf_ray.distributed.bundles import (
     local_ranks,
     reservations,
     sharing,
+    strategy_of,
 )
 from rlhf_ray.errors import PlacementError
 
@@ -77,6 +78,29 @@ def test_engines_in_shared_bundles_are_not_kept() -> None:
     assert len(reservations([engine])) == 2
     (group,) = reservations([engine, RoleRequest("judge", colocate_with="generator")])
     assert [[each.reuse for each in bundle] for bundle in group] == [[None, None], [None]]
+
+
+def test_a_role_with_a_strategy_has_a_placement_group_of_its_own() -> None:
+    engines = RoleRequest("generator", 2, gpus=1.0, reuse="generator", strategy="STRICT_SPREAD")
+    roles = [RoleRequest("policy", gpus=2.0), RoleRequest("critic", gpus=1.0), engines]
+    groups = reservations(roles)
+    assert [[bundle[0].role for bundle in group] for group in groups] == [["policy", "critic"], ["generator"] * 2]
+    assert [bundle[0].reuse for bundle in groups[1]] == [None, None]
+    assert [strategy_of(group, "PACK") for group in groups] == ["PACK", "STRICT_SPREAD"]
+    uneven, one_sided = ([Share(8, gpus) for gpus in each] for each in ((4, 1), (5, 0)))
+    shares = fit(roles, Capacity(16, 5, 16, 5, uneven), strategy="PACK", may_wait=False)
+    assert assign(roles, shares, uneven, strategy="PACK") == [[0, 0], [0, 1]]
+    with pytest.raises(PlacementError, match=r"generator: one worker needs 1 CPU and 1 GPU .*strategy STRICT_SPREAD"):
+        assign(roles, shares, one_sided, strategy="PACK")
+
+
+def test_what_a_role_s_own_strategy_cannot_be_is_named() -> None:
+    spread = RoleRequest("reward/model", 3, gpus=0.0, strategy="STRICT_SPREAD")
+    with pytest.raises(PlacementError, match=r"^reward/model.strategy STRICT_SPREAD .*: 3 workers, 2 nodes"):
+        fit([spread, LEARNERS], nodes(2, 8, 1), strategy="PACK", may_wait=False)
+    packed = RoleRequest("generator", 3, gpus=1.0, strategy="STRICT_PACK")
+    with pytest.raises(PlacementError, match=r"^all of generator on one node \(generator.strategy STRICT_PACK\): one"):
+        fit([packed], nodes(2, 8, 2), strategy="PACK", may_wait=False)
 
 
 def test_whole_gpus_are_not_cut() -> None:

@@ -73,7 +73,7 @@ def test_what_no_node_can_hold_is_refused() -> None:
         shares([RoleRequest("policy", gpus=2)], two)
     with pytest.raises(PlacementError, match=r"STRICT_SPREAD puts each worker on its own node: 3 workers, 2 nodes"):
         shares([RoleRequest("policy", 3, gpus=0)], two, strategy="STRICT_SPREAD")
-    with pytest.raises(PlacementError, match=r"all roles on one node \(STRICT_PACK\)"):
+    with pytest.raises(PlacementError, match=r"all roles on one node \(placement.strategy STRICT_PACK\)"):
         shares([RoleRequest("policy", 2)], two, strategy="STRICT_PACK")
 
 

@@ -27,12 +27,12 @@ from rlhf_ray.config.load import CONFIG_FILE, load_pipeline, run_files
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.options import Overrides, PipelineFile, without_effect
-from rlhf_ray.order import Order, run_name
+from rlhf_ray.submission.order import Order, run_name
 from rlhf_ray.terminal import exit_codes, show
 
 if TYPE_CHECKING:
     from rlhf_ray.distributed.jobs import Job, JobServer
-    from rlhf_ray.upload import Upload
+    from rlhf_ray.submission.upload import Upload
 
 SAVE_S = 600
 """Seconds that a stopped run has to save a checkpoint, unless told otherwise."""
@@ -147,12 +147,12 @@ def submit_command(
             raise ConfigError("got several of --kuberay, --slurm and --print-command, wanted one of them")
         if kuberay:
             without_effect({**sent, "shared": shared or None}, "with --kuberay")
-            from rlhf_ray.kuberay import render_job
+            from rlhf_ray.submission.kuberay import render_job
 
             print(render_job(order, cluster=cluster, image=image, claim=volume_claim), end="")
         elif slurm:
             without_effect({**sent, **on_pods, "shared": shared or None}, "with --slurm")
-            from rlhf_ray.slurm import render_script
+            from rlhf_ray.submission.slurm import render_script
 
             print(render_script(order, cluster=cluster), end="")
         else:
@@ -264,7 +264,7 @@ def run_submitted_command(
                 "environment in which Ray is started on every node (on Kubernetes: env from a Secret)"
             )
         if unpack is not None:
-            from rlhf_ray.kuberay import unpack_into
+            from rlhf_ray.submission.kuberay import unpack_into
 
             unpack_into(unpack)
             os.chdir(unpack)
@@ -292,8 +292,8 @@ def run_submitted_command(
 
 
 def _submit(order: Order, address: str | None, shared: Sequence[Path], *, detach: bool, without_token: bool) -> None:
-    from rlhf_ray import upload
     from rlhf_ray.distributed.jobs import connect
+    from rlhf_ray.submission import upload
 
     config = order.load(elsewhere=_folders(shared))
     server = connect(address)
@@ -316,8 +316,8 @@ def _submit(order: Order, address: str | None, shared: Sequence[Path], *, detach
 
 
 def _print_command(order: Order, address: str | None, shared: Sequence[Path], folder: Path) -> None:
-    from rlhf_ray import upload
     from rlhf_ray.distributed.jobs import dashboard_url
+    from rlhf_ray.submission import upload
 
     url = dashboard_url(address)
     shipment = _shipment(order, order.load(elsewhere=_folders(shared)), shared)
@@ -357,8 +357,8 @@ class _Shipment:
 
 
 def _shipment(order: Order, config: Pipeline, shared: Sequence[Path]) -> _Shipment:
-    from rlhf_ray import upload
     from rlhf_ray.distributed.jobs import STOP_WAIT
+    from rlhf_ray.submission import upload
 
     parts = upload.prepare(config, pipeline_dir=order.pipeline.resolve().parent, shared=shared)
     _show_upload(parts, config)
@@ -433,7 +433,7 @@ def _check_cluster(server: JobServer, *, without_token: bool) -> None:
 
 
 def _show_upload(parts: Upload, config: Pipeline) -> None:
-    from rlhf_ray.upload import in_words
+    from rlhf_ray.submission.upload import in_words
 
     for item in parts.items:
         _say(f"uploads {item.why}: {item.source} ({in_words(item.size)})")

@@ -25,7 +25,7 @@ from ray.scripts.scripts import cli as ray_cli
 
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.distributed.gauges import OWN, gauge_name
-from rlhf_ray.kuberay import PACKED, unpack_into
+from rlhf_ray.submission.kuberay import PACKED, unpack_into
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "cluster"

@@ -18,7 +18,7 @@ LAYERS = [
     ("bench", "report"),
     (
         *("cli", "bench_commands", "plan_command", "scale_command", "options", "terminal", "doctor", "start"),
-        *("submit", "order", "status", "upload", "nodes", "kuberay", "slurm", "__main__"),
+        *("submit", "submission", "status", "__main__"),
     ),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

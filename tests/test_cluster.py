@@ -26,9 +26,9 @@ from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 from rlhf_ray.cli import app, main
 from rlhf_ray.config.describe import METHODS, list_settings
 from rlhf_ray.config.schema import Pipeline
-from rlhf_ray.kuberay import ray_job
-from rlhf_ray.nodes import Nodes
-from rlhf_ray.slurm import batch_script
+from rlhf_ray.submission.kuberay import ray_job
+from rlhf_ray.submission.nodes import Nodes
+from rlhf_ray.submission.slurm import batch_script
 from tests.cluster_files import (
     CHECKERS,
     CLUSTER,

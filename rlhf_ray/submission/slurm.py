@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from rlhf_ray.nodes import Nodes, nodes_for
-from rlhf_ray.order import Order, run_name
+from rlhf_ray.submission.nodes import Nodes, nodes_for
+from rlhf_ray.submission.order import Order, run_name
 
 _MARGIN_S = 60
 _SCRIPT = """\

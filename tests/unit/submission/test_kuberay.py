@@ -15,9 +15,9 @@ from rlhf_ray.cli import main
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.kuberay import LIMIT_BYTES, PACKED, job_name, pack, run_dir_of, unpack_into
-from rlhf_ray.nodes import Nodes, nodes_for
-from rlhf_ray.upload import Item, Upload, contents
+from rlhf_ray.submission.kuberay import LIMIT_BYTES, PACKED, job_name, pack, run_dir_of, unpack_into
+from rlhf_ray.submission.nodes import Nodes, nodes_for
+from rlhf_ray.submission.upload import Item, Upload, contents
 from tests.cluster_files import REPOSITORY, ray_command_problems
 from tests.unit.test_submit import PIPELINE, exit_code, project, refusal, runs
 

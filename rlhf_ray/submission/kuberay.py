@@ -23,9 +23,9 @@ from typing import Any
 import yaml
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.nodes import Nodes, nodes_for
-from rlhf_ray.order import Order
-from rlhf_ray.upload import SHOWN, Upload, contents, in_words, job_metadata, job_words, prepare
+from rlhf_ray.submission.nodes import Nodes, nodes_for
+from rlhf_ray.submission.order import Order
+from rlhf_ray.submission.upload import SHOWN, Upload, contents, in_words, job_metadata, job_words, prepare
 
 MOUNT = "/runs"
 """Where all pods have the shared volume."""

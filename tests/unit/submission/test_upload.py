@@ -9,7 +9,7 @@ import pytest
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.config.schema import FunctionReward, Pipeline, Ppo
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.upload import Upload, in_words, prepare, remote_run_dir, write
+from rlhf_ray.submission.upload import Upload, in_words, prepare, remote_run_dir, write
 
 PIPELINE = """\
 run_dir: runs/test

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.distributed import placement
 from rlhf_ray.distributed.nodes import Node, capacity, cluster_nodes, nodes_of_dashboard
 from rlhf_ray.distributed.placement import Share
 from rlhf_ray.errors import ConfigError
@@ -63,6 +64,9 @@ def test_nodes_that_are_up_and_what_is_free_of_them() -> None:
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1", "127.0.0.1:1", "ray://127.0.0.1:10001", "127.0.0.1:1:6379"])
-def test_an_address_where_nobody_is(address: str) -> None:
+def test_an_address_where_nobody_is(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other tests may have a Ray open in this process, which would be taken for the one that is meant.
+    monkeypatch.setattr(placement, "_connection", None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1"):
         cluster_nodes(address)

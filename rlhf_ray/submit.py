@@ -119,7 +119,8 @@ def submit_command(
         str | None,
         typer.Option(
             metavar="NODESxGPUSxNAME-GB",
-            help="Nodes of --kuberay and --slurm, as for `plan`; else the fewest with a GPU for every worker.",
+            help="Nodes of --kuberay and --slurm, as for `plan`; else the fewest with a GPU for every worker, which "
+            "--kuberay asks for in a group for each role.",
             show_default=False,
         ),
     ] = None,

@@ -161,13 +161,16 @@ def _cluster_problems(cluster: Mapping[str, Any]) -> list[str]:
 def _pod_problems(name: str, group: Mapping[str, Any], *, head: bool) -> list[str]:
     spec = group["template"]["spec"]
     (container,) = spec["containers"]
-    gpus = not head and not container["image"].endswith("-cpu")
+    # Pods without GPUs on a cluster that has some are for one role, whose label they have.
+    may_have_gpus = not head and not container["image"].endswith("-cpu")
     found = []
     requests, limits = container["resources"]["requests"], container["resources"]["limits"]
     if requests != limits:
         found.append(f"{name}: requests differ from limits")
-    if ("nvidia.com/gpu" in limits) != gpus:
-        found.append(f"{name}: nvidia.com/gpu {'is missing' if gpus else 'where no GPU is used'}")
+    if "nvidia.com/gpu" in limits and not may_have_gpus:
+        found.append(f"{name}: nvidia.com/gpu where no GPU is used")
+    if "nvidia.com/gpu" not in limits and may_have_gpus and not group.get("labels"):
+        found.append(f"{name}: nvidia.com/gpu is missing")
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     found += [f"{name}: no volume {volume}" for volume in mounts.values() if volume not in volumes]

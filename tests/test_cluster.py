@@ -27,7 +27,7 @@ from rlhf_ray.cli import app, main
 from rlhf_ray.config.describe import METHODS, list_settings
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.submission.kuberay import ray_job
-from rlhf_ray.submission.nodes import Nodes
+from rlhf_ray.submission.nodes import NodeGroup, Nodes
 from rlhf_ray.submission.slurm import batch_script
 from tests.cluster_files import (
     CHECKERS,
@@ -446,7 +446,7 @@ def manifest_of(**changes: Any) -> dict[str, Any]:
         "metadata": {"rlhf_ray": "0.1.0", "pipeline": "quickstart.yaml", "run_dir": "/runs/quickstart"},
     }
     command = "run_or_resume /opt/rlhf_ray/pipelines/quickstart.yaml /runs/quickstart"
-    return ray_job("rlhf-ray-quickstart", command, Nodes(2, 4, 32, 256), **settings | changes)
+    return ray_job("rlhf-ray-quickstart", command, [NodeGroup("gpu", (), Nodes(2, 4, 32, 256))], **settings | changes)
 
 
 def test_the_manifests_are_those_that_submit_writes() -> None:

@@ -97,6 +97,8 @@ def below(kind: Kind, component: str | int) -> tuple[Kind | None, bool]:
         items = get_args(annotation)
         position = 0 if items[-1] is Ellipsis else component
         return (_bare(Kind(items[position])) if position < len(items) else None), False
+    if get_origin(annotation) is dict:
+        return _bare(Kind(get_args(annotation)[1])), False
     return None, False
 
 

@@ -131,7 +131,7 @@ def _silent_reference(stage: Ppo | Dpo) -> Iterator[_Silent]:
 
 def _silent_sharing(role: str, settings: Workers) -> Iterator[_Silent]:
     if settings.colocate_with is not None:
-        keys = [f"{role}.whole_gpus", f"{role}.strategy"]
+        keys = [f"{role}.whole_gpus", f"{role}.strategy", f"{role}.node_labels"]
         yield keys, f"with {role}.colocate_with", [f"{role}.colocate_with"]
     elif settings.gpus is not None:
         yield [f"{role}.whole_gpus"], f"with {role}.gpus", [f"{role}.gpus"]

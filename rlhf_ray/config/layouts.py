@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlhf_ray.config.node_labels import wrong_label
 from rlhf_ray.config.problems import KeyPath, Problem, suggestion
 from rlhf_ray.config.role_rules import reward_names
 from rlhf_ray.config.schema import (
@@ -65,12 +66,18 @@ def layout_settings(pipeline: Pipeline) -> dict[KeyPath, Any]:
 def expand_layout(pipeline: Pipeline) -> Pipeline:
     """The pipeline with its layout's settings in place; a setting that the user chose stays."""
     for path, value in layout_settings(pipeline).items():
-        pipeline = _with(pipeline, path, value)
+        pipeline = with_setting(pipeline, path, value)
     return pipeline
 
 
+def with_setting(pipeline: Pipeline, path: KeyPath, value: Any) -> Pipeline:
+    """The pipeline with another value of a setting, which is not checked."""
+    changed: Pipeline = _with(pipeline, path, value)
+    return changed
+
+
 def sharing_rules(pipeline: Pipeline, index: int) -> Iterator[Problem]:
-    """What `colocate_with` cannot be, and what contradicts the layout."""
+    """What `colocate_with` and `node_labels` cannot be, and what contradicts the layout."""
     stage, layout = pipeline.stages[index], pipeline.placement.layout
     roles = roles_of(stage)
     if layout == "colocated" and isinstance(stage, Ppo) and stage.staleness > 0:
@@ -85,6 +92,9 @@ def sharing_rules(pipeline: Pipeline, index: int) -> Iterator[Problem]:
         path: KeyPath = ("stages", index, *key)
         chosen = settings.colocate_with
         word = (("placement", "layout"),)
+        for label, value in settings.node_labels.items():
+            if (wrong := wrong_label(label, value)) is not None:
+                yield Problem((*path, "node_labels", label), wrong)
         if layout == "separate" and chosen is not None:
             yield Problem(
                 (*path, "colocate_with"),

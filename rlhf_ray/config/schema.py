@@ -58,6 +58,9 @@ class Workers(Section):
     strategy: Strategy | None = None
     """How this role's workers lie on the nodes, in a placement group of their own: PACK on few of them, SPREAD over
     many, STRICT_ where nothing else will do. Unset: with the other roles, by placement.strategy."""
+    node_labels: dict[str, str] = {}
+    """Labels of the nodes that this role's workers may be on, such as {ray.io/accelerator-type: H100}; a value may be
+    !VALUE, in(VALUE, VALUE) or !in(VALUE, VALUE)."""
 
 
 class NewModel(Section):

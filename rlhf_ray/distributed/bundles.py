@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from rlhf_ray.config.node_labels import in_words, matches
 from rlhf_ray.errors import PlacementError
 
 
@@ -34,6 +35,8 @@ class RoleRequest:
             that role is not asked for, those that name it share with each other. None: a bundle for each worker.
         whole_gpus: where gpus is None and there are fewer GPUs than workers, that is a shortage, and no GPU is shared.
         strategy: how the role's workers lie on the nodes, in a placement group of their own; None: with the others.
+        node_labels: labels of the nodes that the workers may be on, as Ray selects them; those of the first role
+            count for the roles that share its bundles.
     """
 
     role: str
@@ -46,10 +49,11 @@ class RoleRequest:
     colocate_with: str | None = None
     whole_gpus: bool = False
     strategy: str | None = None
+    node_labels: Mapping[str, str] = field(default_factory=dict)
 
 
 Bundle: TypeAlias = tuple[RoleRequest, ...]
-"""The roles of the workers that share a bundle; the first one decides the GPUs."""
+"""The roles of the workers that share a bundle; the first one decides the GPUs and the nodes."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,13 @@ class Share:
     def bundle(self) -> dict[str, float]:
         """The share as Ray writes it."""
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+
+@dataclass(frozen=True)
+class NodeShare(Share):
+    """What a node has, or what is left of it, and its labels; None: any that are asked for."""
+
+    labels: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ class Capacity:
     gpus: float
     free_cpus: float
     free_gpus: float
-    nodes: Sequence[Share]
+    nodes: Sequence[NodeShare]
 
 
 def sharing(requests: Sequence[RoleRequest]) -> list[Bundle]:
@@ -138,6 +149,11 @@ def reservations(requests: Sequence[RoleRequest]) -> list[list[Bundle]]:
 def strategy_of(group: Sequence[Bundle], strategy: str) -> str:
     """The strategy of a placement group; `strategy` where its roles have none of their own."""
     return group[0][0].strategy or strategy
+
+
+def selector_of(bundle: Bundle) -> Mapping[str, str]:
+    """Labels of the nodes that a bundle may be on."""
+    return bundle[0].node_labels
 
 
 def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, may_wait: bool) -> Shares:
@@ -198,7 +214,7 @@ def share_out(requests: Sequence[RoleRequest], *, each_cpu: float, each_gpu: flo
 
 
 def assign(
-    requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[Share], *, strategy: str
+    requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[NodeShare], *, strategy: str
 ) -> list[list[int]]:
     """The node of each bundle of each reservation: first fit, the largest bundles first.
 
@@ -214,23 +230,24 @@ def assign(
         used: set[int] = set()
         wanted = [shares.of(bundle) for bundle in group]
         for index in sorted(range(len(group)), key=lambda index: (-wanted[index].gpus, -wanted[index].cpus)):
-            share = wanted[index]
-            node = _node_for(share, free, used, strategy_of(group, strategy))
-            if node is None:
-                left = "; ".join(f"{each.cpus:g} CPUs, {each.gpus:g} GPUs" for each in free)
+            share, selector = wanted[index], selector_of(group[index])
+            allowed = [number for number, node in enumerate(free) if matches(node.labels, selector)]
+            place = _node_for(share, free, allowed, used, strategy_of(group, strategy))
+            if place is None:
+                left = "; ".join(f"{free[n].cpus:g} CPUs, {free[n].gpus:g} GPUs" for n in allowed)
                 raise PlacementError(
                     f"{named(group[index])}: one worker needs {count(share.cpus, 'CPU')} and "
-                    f"{count(share.gpus, 'GPU')} on one node, and with the others in place no node has them "
-                    f"(strategy {strategy_of(group, strategy)}); left are {left}"
+                    f"{count(share.gpus, 'GPU')} on one node{_labelled(selector)}, and with the others in place no "
+                    f"node has them (strategy {strategy_of(group, strategy)}); left are {left or 'none'}"
                 )
-            used.add(node)
-            free[node] = Share(free[node].cpus - share.cpus, free[node].gpus - share.gpus)
-            places[index] = node
+            used.add(place)
+            free[place] = replace(free[place], cpus=free[place].cpus - share.cpus, gpus=free[place].gpus - share.gpus)
+            places[index] = place
         found.append(places)
     return found
 
 
-def _packs(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[Share], strategy: str) -> bool:
+def _packs(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[NodeShare], strategy: str) -> bool:
     try:
         assign(requests, shares, nodes, strategy=strategy)
     except PlacementError:
@@ -300,11 +317,11 @@ def _refuse_parts(together: Sequence[Bundle], gpus: Mapping[str, float]) -> None
             )
 
 
-def _fit_nodes(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[Share], strategy: str) -> None:
+def _fit_nodes(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[NodeShare], strategy: str) -> None:
     groups = reservations(requests)
     own = {f"{group[0][0].role}.strategy": group for group in groups if group[0][0].strategy is not None}
     others = [bundle for group in groups if group[0][0].strategy is None for bundle in group]
-    pieces: dict[str, Share] = {}
+    pieces: dict[str, tuple[Share, Mapping[str, str]]] = {}
     for setting, bundles in {"placement.strategy": others, **own}.items():
         if not bundles:
             continue
@@ -316,21 +333,32 @@ def _fit_nodes(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[
         if kind == "STRICT_PACK":
             whose = "all roles" if bundles is others else f"all of {named(bundles[0])}"
             whole = Share(sum(share.cpus for share in wanted), sum(share.gpus for share in wanted))
-            pieces[f"{whose} on one node ({setting} STRICT_PACK)"] = whole
+            labels = {key: value for bundle in bundles for key, value in selector_of(bundle).items()}
+            pieces[f"{whose} on one node ({setting} STRICT_PACK)"] = whole, labels
         else:
-            pieces |= {named(bundle): share for bundle, share in zip(bundles, wanted, strict=True)}
-    for name, piece in pieces.items():
-        if not any(piece.cpus <= node.cpus + 1e-6 and piece.gpus <= node.gpus + 1e-6 for node in nodes):
-            largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Share(0, 0))
+            pieces |= {
+                named(bundle): (share, selector_of(bundle)) for bundle, share in zip(bundles, wanted, strict=True)
+            }
+    for name, (piece, selector) in pieces.items():
+        allowed = [node for node in nodes if matches(node.labels, selector)]
+        if not any(piece.cpus <= node.cpus + 1e-6 and piece.gpus <= node.gpus + 1e-6 for node in allowed):
+            largest = max(allowed, key=lambda node: (node.gpus, node.cpus), default=Share(0, 0))
+            there = f"the largest node has {count(largest.cpus, 'CPU')} and {count(largest.gpus, 'GPU')}"
+            if selector:
+                there = there.replace("node", "such node") if allowed else f"none of {len(nodes)} nodes is such a one"
             raise PlacementError(
-                f"{name}: one worker needs {count(piece.cpus, 'CPU')} and {count(piece.gpus, 'GPU')} on one node; "
-                f"the largest node has {count(largest.cpus, 'CPU')} and {count(largest.gpus, 'GPU')}"
+                f"{name}: one worker needs {count(piece.cpus, 'CPU')} and {count(piece.gpus, 'GPU')} on one node"
+                f"{_labelled(selector)}; {there}"
             )
 
 
-def _node_for(share: Share, free: Sequence[Share], used: set[int], strategy: str) -> int | None:
-    """The node for the next bundle of a placement group that has bundles on the `used` ones."""
-    room = [n for n, node in enumerate(free) if share.cpus <= node.cpus + 1e-6 and share.gpus <= node.gpus + 1e-6]
+def _labelled(selector: Mapping[str, str]) -> str:
+    return f" with {in_words(selector)}" if selector else ""
+
+
+def _node_for(share: Share, free: Sequence[Share], allowed: Sequence[int], used: set[int], strategy: str) -> int | None:
+    """Of the allowed nodes the one for the next bundle of a placement group that has bundles on the `used` ones."""
+    room = [n for n in allowed if share.cpus <= free[n].cpus + 1e-6 and share.gpus <= free[n].gpus + 1e-6]
     match strategy:
         case "STRICT_SPREAD":
             room = [node for node in room if node not in used]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import ray
 from ray._private.state import available_resources_per_node
 
+from rlhf_ray.distributed.bundles import NodeShare
 from rlhf_ray.distributed.placement import Capacity, Cluster, Share
 from rlhf_ray.errors import ConfigError
 
@@ -31,6 +32,7 @@ class Node:
         memory_gib: what Ray gives to workers and objects together.
         gpu: the type of its GPUs as Ray names it; empty where it has none, or Ray does not know it.
         gpu_gib: memory of its smallest GPU; None where it has none, or it is not known.
+        labels: what it was labelled with, and what Ray adds to that.
     """
 
     address: str
@@ -39,6 +41,7 @@ class Node:
     memory_gib: float
     gpu: str
     gpu_gib: float | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def cluster_nodes(address: str) -> list[Node]:
@@ -74,7 +77,7 @@ def nodes_of_dashboard(server: JobServer) -> list[Node]:
             there, usage = node["resources_total"], used.get(node["node_id"], {})
             left = {name: there.get(name, 0.0) - usage.get(name, [0.0])[0] for name in ("CPU", "GPU")}
             memory = [each["memoryTotal"] / 1024 for each in gpus.get(node["node_id"], ()) if each.get("memoryTotal")]
-            found.append(_node(node["node_ip"], there, left, min(memory, default=None)))
+            found.append(_node(node["node_ip"], there, left, min(memory, default=None), node["labels"]))
     return found
 
 
@@ -84,11 +87,18 @@ def nodes_of_ray() -> list[Node]:
     found = []
     for node in ray.nodes():
         if node["Alive"]:
-            found.append(_node(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}), None))
+            left = free.get(node["NodeID"], {})
+            found.append(_node(node["NodeManagerAddress"], node["Resources"], left, None, node["Labels"]))
     return found
 
 
-def _node(address: str, there: Mapping[str, float], left: Mapping[str, float], gpu_gib: float | None) -> Node:
+def _node(
+    address: str,
+    there: Mapping[str, float],
+    left: Mapping[str, float],
+    gpu_gib: float | None,
+    labels: Mapping[str, str] | None,
+) -> Node:
     return Node(
         address=address,
         has=_share(there),
@@ -96,6 +106,7 @@ def _node(address: str, there: Mapping[str, float], left: Mapping[str, float], g
         memory_gib=(there.get("memory", 0.0) + there.get("object_store_memory", 0.0)) / 2**30,
         gpu=next((name.removeprefix(_ACCELERATOR) for name in there if name.startswith(_ACCELERATOR)), ""),
         gpu_gib=gpu_gib,
+        labels=labels or {},
     )
 
 
@@ -110,5 +121,5 @@ def capacity(nodes: list[Node]) -> Capacity:
         gpus=sum(node.has.gpus for node in nodes),
         free_cpus=sum(node.free.cpus for node in nodes),
         free_gpus=sum(node.free.gpus for node in nodes),
-        nodes=[node.has for node in nodes],
+        nodes=[NodeShare(node.has.cpus, node.has.gpus, node.labels) for node in nodes],
     )

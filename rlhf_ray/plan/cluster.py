@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rlhf_ray.distributed.bundles import NodeShare
 from rlhf_ray.distributed.nodes import Node, capacity
 from rlhf_ray.distributed.placement import Capacity, Share
 from rlhf_ray.errors import ConfigError
@@ -59,11 +60,11 @@ class ClusterShape:
         return sum(node.has.cpus for node in self.running) if self.running else self.nodes * self.cpus
 
     @property
-    def all_nodes(self) -> Sequence[Share]:
-        """What is free of every node."""
+    def all_nodes(self) -> Sequence[NodeShare]:
+        """What is free of every node, with the labels of those that run."""
         if self.running:
-            return [node.free for node in self.running]
-        return [self.node] * self.nodes
+            return [NodeShare(node.free.cpus, node.free.gpus, node.labels) for node in self.running]
+        return [NodeShare(self.cpus, self.gpus)] * self.nodes
 
     def capacity(self) -> Capacity:
         """All of it, and what is free of it."""

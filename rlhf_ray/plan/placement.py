@@ -6,7 +6,7 @@ The requests are those that the stages make, and the shares those that `distribu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rlhf_ray.config import schema
 from rlhf_ray.distributed.bundles import (
@@ -39,6 +39,7 @@ class RolePlacement:
         nodes: how many workers are on each node, by the node's number from 0; empty where they do not fit.
         shares_with: the role whose bundles its workers are in; None where it has bundles of its own.
         room: what its first worker's bundle has, the part of the others that share it included.
+        node_labels: labels of the nodes that the bundles may be on.
     """
 
     role: str
@@ -47,6 +48,7 @@ class RolePlacement:
     nodes: dict[int, int]
     shares_with: str | None
     room: Share
+    node_labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def plan_placement(stage: schema.Stage, cluster: ClusterShape, *, strategy: str)
     """What the stage reserves, in the order of time; a reference that a cache may spare is counted."""
     return [
         _placed(stage.name, while_, requests, cluster, strategy, refusal)
-        for while_, requests, refusal in _phases(stage, gpus=cluster.total_gpus)
+        for while_, requests, refusal in stage_phases(stage, gpus=cluster.total_gpus)
     ]
 
 
@@ -120,8 +122,8 @@ def place(
     return shares, nodes
 
 
-def _phases(stage: schema.Stage, *, gpus: float) -> Iterator[tuple[str, list[RoleRequest], str | None]]:
-    """What happens, what is asked for it, and what is refused before anything is reserved."""
+def stage_phases(stage: schema.Stage, *, gpus: float) -> Iterator[tuple[str, list[RoleRequest], str | None]]:
+    """What happens in a stage, what is asked for it, and what is refused before anything is reserved."""
     training = "training" if isinstance(stage, schema.Dpo) and stage.scores_pairs else ""
     if training:
         assert isinstance(stage, schema.Dpo), "only pairs are scored ahead"
@@ -162,6 +164,7 @@ def _placed(
                 nodes=nodes.get(request.role, {}),
                 shares_with=None if first[request.role][0] == request.role else first[request.role][0],
                 room=first[request.role][1],
+                node_labels={} if request.colocate_with else request.node_labels,
             )
             for request in requests
         ),

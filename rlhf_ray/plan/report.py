@@ -14,6 +14,7 @@ from rich.text import Text
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.layouts import layout_settings
+from rlhf_ray.config.node_labels import in_words
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
 from rlhf_ray.plan.cluster import PLENTY, ClusterShape
@@ -288,6 +289,8 @@ def _placement_table(plan: Plan) -> Table:
         for role in stage.roles:
             nodes = ", ".join(f"{count} on {node + 1}" for node, count in sorted(role.nodes.items()))
             bundles = f"those of {role.shares_with}" if role.shares_with else _bundles(stage, role.role)
+            if role.node_labels:
+                bundles += f" where {in_words(role.node_labels)}"
             table.add_row(
                 name,
                 role.role,

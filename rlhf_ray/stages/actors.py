@@ -81,6 +81,7 @@ def _request(
         colocate_with=settings.colocate_with,
         whole_gpus=settings.whole_gpus,
         strategy=settings.strategy,
+        node_labels=settings.node_labels,
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.submission.nodes import Nodes, nodes_for
+from rlhf_ray.submission.nodes import NodeGroup, node_groups, on_groups
 from rlhf_ray.submission.order import Order
 from rlhf_ray.submission.upload import SHOWN, Upload, contents, in_words, job_metadata, job_words, prepare
 
@@ -55,7 +55,7 @@ def render_job(order: Order, *, cluster: str | None, image: str | None, claim: s
 
     Args:
         order: what is submitted.
-        cluster: the nodes, as `nodes_for` takes them.
+        cluster: the nodes, as `nodes_for` takes them; None: a group of them for each role.
         image: of the pods; None: a name that says what to put there.
         claim: the shared volume; None: that of cluster/kuberay/storage.yaml.
 
@@ -64,16 +64,16 @@ def render_job(order: Order, *, cluster: str | None, image: str | None, claim: s
     """
     config = order.load(elsewhere=[Path(MOUNT)])
     run_dir = run_dir_of(config.run_dir)
-    nodes = nodes_for(config, cluster)
-    here = config.model_copy(update={"run_dir": run_dir})
+    groups = node_groups(config, cluster)
+    here = on_groups(config, groups).model_copy(update={"run_dir": run_dir})
     packed = pack(prepare(here, pipeline_dir=order.pipeline.resolve().parent, shared=[Path(MOUNT)]))
     own = version("rlhf_ray")
-    image = image or f"{PLACEHOLDER}:{own}-{'gpu' if nodes.gpus else 'cpu'}"
+    image = image or f"{PLACEHOLDER}:{own}-{'gpu' if any(group.nodes.gpus for group in groups) else 'cpu'}"
     name = job_name(run_dir)
     manifest = ray_job(
         name,
         entrypoint(name, packed, secrets=order.secrets),
-        nodes,
+        groups,
         image=image,
         claim=claim or CLAIM,
         ray_version=version("ray"),
@@ -83,7 +83,8 @@ def render_job(order: Order, *, cluster: str | None, image: str | None, claim: s
         metadata=job_metadata(order.pipeline, run_dir),
     )
     notes = [
-        f"workers: {nodes.in_words()}; a head of {_HEAD_CPUS} CPU cores and {_HEAD_GIB} GiB",
+        *(f"workers{_whose(group)}: {group.nodes.in_words()}" for group in groups),
+        f"head: {_HEAD_CPUS} CPU cores and {_HEAD_GIB} GiB",
         f"run_dir: {run_dir}, on the volume of the claim {claim or CLAIM}",
         *([f"image: {image} has to be changed, or named by --image"] if image.startswith(PLACEHOLDER) else []),
     ]
@@ -171,7 +172,7 @@ def entrypoint(name: str, packed: str, *, secrets: Sequence[str]) -> str:
 def ray_job(
     name: str,
     command: str,
-    nodes: Nodes,
+    groups: Sequence[NodeGroup],
     *,
     image: str,
     claim: str,
@@ -186,7 +187,7 @@ def ray_job(
     Args:
         name: of the RayJob.
         command: what it runs on the head.
-        nodes: its workers, one pod for each.
+        groups: the nodes of its workers, one pod for each.
         image: of all pods.
         claim: persistent volume claim that many nodes can write to.
         ray_version: that of the image.
@@ -213,7 +214,7 @@ def ray_job(
                 "rayVersion": ray_version,
                 "authOptions": {"mode": "token", "secretName": TOKEN_SECRET},
                 "headGroupSpec": _head(image, claim, save_s, secrets, head_variables),
-                "workerGroupSpecs": [_workers(image, claim, nodes, secrets)],
+                "workerGroupSpecs": [_workers(image, claim, group, secrets) for group in groups],
             },
         },
     }
@@ -245,7 +246,12 @@ def _head(image: str, claim: str, save_s: int, secrets: Sequence[str], variables
     }
 
 
-def _workers(image: str, claim: str, nodes: Nodes, secrets: Sequence[str]) -> dict[str, Any]:
+def _whose(group: NodeGroup) -> str:
+    return f" of {' and '.join(group.roles)}" if group.roles else ""
+
+
+def _workers(image: str, claim: str, group: NodeGroup, secrets: Sequence[str]) -> dict[str, Any]:
+    nodes = group.nodes
     gpus = {"nvidia.com/gpu": str(nodes.gpus)} if nodes.gpus else {}
     container = {
         "name": "ray-worker",
@@ -256,7 +262,8 @@ def _workers(image: str, claim: str, nodes: Nodes, secrets: Sequence[str]) -> di
         **_resources({"cpu": str(nodes.cpus), "memory": f"{nodes.memory_gib}Gi", **gpus}),
     }
     return {
-        "groupName": "gpu" if nodes.gpus else "cpu",
+        "groupName": group.name,
+        **({"labels": group.labels} if group.labels else {}),
         "replicas": nodes.count,
         "minReplicas": nodes.count,
         "maxReplicas": nodes.count,

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ray.cluster_utils import Cluster as FakeNodes
@@ -26,7 +27,7 @@ from rlhf_ray.plan.placement import stage_requests
 
 LAYOUTS = ("separate", "colocated", "shared_scorers")
 NODE = {"num_cpus": 16, "num_gpus": 8}
-UNEVEN = {"num_cpus": 4, "num_gpus": 3}
+UNEVEN = {"num_cpus": 4, "num_gpus": 3, "labels": {"pool": "small"}}
 DEADLINE_S = 5
 
 
@@ -166,6 +167,32 @@ def workers(cluster: Cluster) -> dict[str, Any]:
     }
 
 
+def labelled(cluster: Cluster, impatient: Cluster) -> dict[str, Any]:
+    """The nodes of roles that ask for them by labels, one with a newcomer, and what is said where there are too few."""
+    small = {"pool": "small"}
+    requests = [
+        RoleRequest("policy", 8, gpus=1.0, cpus=1.0, node_labels={"pool": "!small"}),
+        RoleRequest("generator", 1, gpus=1.0, cpus=1.0, reuse="generator", node_labels=small),
+        RoleRequest("reference", 1, gpus=1.0, cpus=1.0, node_labels=small),
+    ]
+    with cluster.reserve(requests) as placement:
+        placement.start("generator", Witness)
+        growth = placement.grow("generator", 1)
+        while growth.missing and growth.waits:
+            growth.build()
+        growth.join()
+        nodes = {request.role: placement.nodes(request.role) for request in requests}
+    refused = []
+    for asked in ([RoleRequest("judge", 4, gpus=1.0, cpus=0.5, node_labels=small)], [replace(requests[0], workers=33)]):
+        with within_deadline():
+            try:
+                with impatient.reserve(asked):
+                    refused.append("no error")
+            except PlacementError as error:
+                refused.append(str(error))
+    return {"nodes": nodes, "refused": refused}
+
+
 def blind(cluster: Cluster) -> str:
     """What is said of a worker that Ray has not confined to its GPU."""
     env = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
@@ -199,6 +226,7 @@ def main() -> None:
             engines = [RoleRequest("generator", 9, gpus=3.0, cpus=1.0)]
             with cluster.reserve(engines) as placement:
                 found["uneven"] = reserved(placement, ["generator"])
+            found["labelled"] = labelled(cluster, impatient)
             found["refusals"] = refusals(impatient)
             with cluster.reserve([RoleRequest("policy", 35, gpus=1.0, cpus=1.0)]), within_deadline():
                 try:

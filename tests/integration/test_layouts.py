@@ -79,6 +79,21 @@ def test_uneven_nodes(found: dict[str, Any]) -> None:
     assert sorted(Counter(found["uneven"]["nodes"]["generator"]).values()) == [1, 2, 2, 2, 2]
 
 
+def test_roles_are_on_the_nodes_whose_labels_they_ask_for(found: dict[str, Any]) -> None:
+    """The policy on the four nodes of eight GPUs; the engines, one a newcomer, and the reference on the other."""
+    nodes = found["labelled"]["nodes"]
+    (small,) = {*nodes["generator"], *nodes["reference"]}
+    assert (len(nodes["generator"]), len(nodes["policy"])) == (2, 8)
+    assert small not in nodes["policy"]
+    judge, policy = found["labelled"]["refused"]
+    assert judge.startswith(
+        "judge: one worker needs 0.5 CPU and 1 GPU on one node with pool=small, and with the others"
+    )
+    assert policy.startswith(
+        "policy: one worker needs 1 CPU and 1 GPU on one node with pool=!small, and with the others"
+    )
+
+
 def test_each_worker_is_where_it_was_placed(found: dict[str, Any]) -> None:
     workers = found["workers"]
     seen, nodes = workers["seen"], workers["nodes"]

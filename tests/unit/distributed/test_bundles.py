@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.distributed.bundles import (
     Capacity,
+    NodeShare,
     RoleRequest,
     Share,
     Shares,
@@ -28,7 +29,7 @@ GUESTS = [
 
 
 def nodes(number: int, cpus: float, gpus: float) -> Capacity:
-    return Capacity(number * cpus, number * gpus, number * cpus, number * gpus, [Share(cpus, gpus)] * number)
+    return Capacity(number * cpus, number * gpus, number * cpus, number * gpus, [NodeShare(cpus, gpus)] * number)
 
 
 def bundles(requests: list[RoleRequest], capacity: Capacity, *, strategy: str = "PACK") -> list[list[Share]]:
@@ -87,7 +88,7 @@ def test_a_role_with_a_strategy_has_a_placement_group_of_its_own() -> None:
     assert [[bundle[0].role for bundle in group] for group in groups] == [["policy", "critic"], ["generator"] * 2]
     assert [bundle[0].reuse for bundle in groups[1]] == [None, None]
     assert [strategy_of(group, "PACK") for group in groups] == ["PACK", "STRICT_SPREAD"]
-    uneven, one_sided = ([Share(8, gpus) for gpus in each] for each in ((4, 1), (5, 0)))
+    uneven, one_sided = ([NodeShare(8, gpus) for gpus in each] for each in ((4, 1), (5, 0)))
     shares = fit(roles, Capacity(16, 5, 16, 5, uneven), strategy="PACK", may_wait=False)
     assert assign(roles, shares, uneven, strategy="PACK") == [[0, 0], [0, 1]]
     with pytest.raises(PlacementError, match=r"generator: one worker needs 1 CPU and 1 GPU .*strategy STRICT_SPREAD"):
@@ -153,3 +154,53 @@ def test_a_bundle_has_what_its_workers_have(workers: list[int], hosts: int, numb
 
 def test_local_ranks() -> None:
     assert local_ranks(["a", "b", "a", "a", "b"]) == [(0, 3), (0, 2), (1, 3), (2, 3), (1, 2)]
+
+
+POOLS = [NodeShare(8, 2, {"pool": "large"}), NodeShare(8, 4, {"pool": "small", "market": "spot"}), NodeShare(8, 0, {})]
+"""Three nodes with labels."""
+
+
+def on_pools(*requests: RoleRequest, strategy: str = "PACK") -> list[list[int]]:
+    capacity = Capacity(24, 6, 24, 6, POOLS)
+    return assign(
+        requests, fit(requests, capacity, strategy=strategy, may_wait=False), capacity.nodes, strategy=strategy
+    )
+
+
+def test_a_role_is_on_nodes_that_have_its_labels() -> None:
+    large, small = {"pool": "large"}, {"pool": "small"}
+    assert on_pools(RoleRequest("policy", 2, node_labels=small), RoleRequest("critic", 2, node_labels=large)) == [
+        [1, 1, 0, 0]
+    ]
+    assert on_pools(RoleRequest("policy", 2, node_labels={"market": "!spot"})) == [[0, 0]]
+    # Guests go where their host goes.
+    assert on_pools(
+        RoleRequest("policy", 2, node_labels=small), RoleRequest("critic", 2, colocate_with="policy", node_labels=large)
+    ) == [[1, 1]]
+    any_label = [NodeShare(8, 8)]
+    requests = [RoleRequest("policy", 2, node_labels=small)]
+    assert assign(requests, fit(requests, nodes(1, 8, 8), strategy="PACK", may_wait=False), any_label, strategy="PACK")
+
+
+def test_a_shortage_of_labelled_nodes_names_the_labels() -> None:
+    with pytest.raises(
+        PlacementError,
+        match=r"^policy: one worker needs 1 CPU and 3 GPUs on one node with pool=large; the largest such node has "
+        r"8 CPUs and 2 GPUs$",
+    ):
+        on_pools(RoleRequest("policy", gpus=3, node_labels={"pool": "large"}))
+    with pytest.raises(PlacementError, match=r"on one node with pool=none; none of 3 nodes is such a one$"):
+        on_pools(RoleRequest("policy", gpus=1, node_labels={"pool": "none"}))
+    with pytest.raises(
+        PlacementError,
+        match=r"with pool=large, and with the others in place no node has them .*; left are 6 CPUs, 0 GPUs$",
+    ):
+        on_pools(RoleRequest("policy", 3, gpus=1, node_labels={"pool": "large"}))
+    with pytest.raises(
+        PlacementError, match=r"all roles on one node \(placement.strategy STRICT_PACK\).* with pool=large"
+    ):
+        on_pools(
+            RoleRequest("policy", 2, gpus=1, node_labels={"pool": "large"}),
+            RoleRequest("critic", 1, gpus=1),
+            strategy="STRICT_PACK",
+        )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.distributed import placement
+from rlhf_ray.distributed.bundles import NodeShare
 from rlhf_ray.distributed.nodes import Node, capacity, cluster_nodes, nodes_of_dashboard
 from rlhf_ray.distributed.placement import Share
 from rlhf_ray.errors import ConfigError
@@ -37,12 +38,14 @@ class Dashboard:
                             "node_id": "a",
                             "node_ip": "10.0.0.1",
                             "state": "ALIVE",
+                            "labels": {"pool": "large"},
                             "resources_total": {"CPU": 8.0, "memory": 20.0 * GIB, "object_store_memory": 10.0 * GIB},
                         },
                         {
                             "node_id": "b",
                             "node_ip": "10.0.0.2",
                             "state": "ALIVE",
+                            "labels": None,
                             "resources_total": {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A100": 1.0},
                         },
                         {"node_id": "c", "node_ip": "10.0.0.3", "state": "DEAD", "resources_total": {"CPU": 99.0}},
@@ -55,12 +58,12 @@ class Dashboard:
 def test_nodes_that_are_up_and_what_is_free_of_them() -> None:
     found = nodes_of_dashboard(Dashboard())  # type: ignore[arg-type]
     assert found == [
-        Node("10.0.0.1", Share(8, 0), Share(6.5, 0), 30.0, "", None),
+        Node("10.0.0.1", Share(8, 0), Share(6.5, 0), 30.0, "", None, {"pool": "large"}),
         Node("10.0.0.2", Share(16, 4), Share(16, 1), 0.0, "A100", 40.0),
     ]
     together = capacity(found)
     assert (together.cpus, together.gpus, together.free_cpus, together.free_gpus) == (24, 4, 22.5, 1)
-    assert together.nodes == [Share(8, 0), Share(16, 4)]
+    assert together.nodes == [NodeShare(8, 0, {"pool": "large"}), NodeShare(16, 4, {})]
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1", "127.0.0.1:1", "ray://127.0.0.1:10001", "127.0.0.1:1:6379"])

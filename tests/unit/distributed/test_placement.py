@@ -5,13 +5,13 @@ import socket
 import pytest
 
 from rlhf_ray.distributed import placement
-from rlhf_ray.distributed.bundles import Capacity, RoleRequest, Share, fit
+from rlhf_ray.distributed.bundles import Capacity, NodeShare, RoleRequest, Share, fit
 from rlhf_ray.distributed.placement import Cluster, worker_environment
 from rlhf_ray.distributed.rendezvous import Meeting, environment
 from rlhf_ray.errors import ConfigError, PlacementError
 
-GPU_BOX = Capacity(cpus=32, gpus=8, free_cpus=32, free_gpus=2, nodes=[Share(32, 8)])
-LAPTOP = Capacity(cpus=2, gpus=0, free_cpus=2, free_gpus=0, nodes=[Share(2, 0)])
+GPU_BOX = Capacity(cpus=32, gpus=8, free_cpus=32, free_gpus=2, nodes=[NodeShare(32, 8)])
+LAPTOP = Capacity(cpus=2, gpus=0, free_cpus=2, free_gpus=0, nodes=[NodeShare(2, 0)])
 
 
 def shares(
@@ -37,7 +37,7 @@ def test_unset_gpus_are_one_each_where_there_are_any() -> None:
 
 
 def test_unset_gpus_are_equal_fractions_where_there_are_fewer() -> None:
-    one = Capacity(cpus=16, gpus=1, free_cpus=16, free_gpus=1, nodes=[Share(16, 1)])
+    one = Capacity(cpus=16, gpus=1, free_cpus=16, free_gpus=1, nodes=[NodeShare(16, 1)])
     roles = [RoleRequest(name, rendezvous=name == "policy") for name in ("policy", "reference", "generator")]
     assert set(shares(roles, one).values()) == {Share(1, 0.33)}
     assert shares([*roles, RoleRequest("critic")], GPU_BOX)["critic"] == Share(1, 0.5)
@@ -68,7 +68,7 @@ def test_what_may_become_free_is_not_refused() -> None:
 
 
 def test_what_no_node_can_hold_is_refused() -> None:
-    two = Capacity(cpus=8, gpus=2, free_cpus=8, free_gpus=2, nodes=[Share(4, 1), Share(4, 1)])
+    two = Capacity(cpus=8, gpus=2, free_cpus=8, free_gpus=2, nodes=[NodeShare(4, 1), NodeShare(4, 1)])
     with pytest.raises(PlacementError, match=r"^policy: one worker needs 1 CPU and 2 GPUs on one node; the largest"):
         shares([RoleRequest("policy", gpus=2)], two)
     with pytest.raises(PlacementError, match=r"STRICT_SPREAD puts each worker on its own node: 3 workers, 2 nodes"):

@@ -14,9 +14,11 @@ import yaml
 from rlhf_ray.cli import main
 from rlhf_ray.config.load import load_pipeline
 from rlhf_ray.config.schema import Pipeline
+from rlhf_ray.distributed.bundles import Capacity, NodeShare, assign, fit, reservations
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.plan.placement import stage_requests
 from rlhf_ray.submission.kuberay import LIMIT_BYTES, PACKED, job_name, pack, run_dir_of, unpack_into
-from rlhf_ray.submission.nodes import Nodes, nodes_for
+from rlhf_ray.submission.nodes import Nodes, node_groups, nodes_for, on_groups
 from rlhf_ray.submission.upload import Item, Upload, contents
 from tests.cluster_files import REPOSITORY, ray_command_problems
 from tests.unit.test_submit import PIPELINE, exit_code, project, refusal, runs
@@ -78,6 +80,120 @@ def test_whole_nodes_for_workers_that_must_be_apart(tmp_path: Path) -> None:
 def test_nodes_that_are_too_few(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"two does not fit on 1x2xH100-80: .*\n.*\n  it would with 2 such nodes"):
         nodes_for(pipeline(tmp_path, workers=3), "1x2xH100-80")
+
+
+# ------------------------------------------------------------------------------------ groups
+
+QUICKSTART = REPOSITORY / "pipelines/quickstart.yaml"
+
+
+def groups_of(*overrides: str, cluster: str | None = None) -> dict[str, tuple[tuple[str, ...], Nodes]]:
+    return {
+        group.name: (group.roles, group.nodes)
+        for group in node_groups(load_pipeline(QUICKSTART, list(overrides)), cluster)
+    }
+
+
+def test_each_role_has_a_group_of_nodes() -> None:
+    """The policy's is for the most of its workers in any stage: four in sft, two in ppo."""
+    one = Nodes(1, 1, 8, 64)
+    assert groups_of("sft.policy.workers=4", "ppo.policy.workers=2", "ppo.generator.workers=12") == {
+        "policy": (("policy",), Nodes(1, 4, 32, 256)),
+        "critic": (("critic",), one),
+        "reference": (("reference",), one),
+        "generator": (("generator",), Nodes(2, 8, 64, 512)),
+        "reward-learned": (("reward/learned",), one),
+        "reward-sentiment": (("reward/sentiment",), Nodes(1, 0, 1, 8)),
+    }
+
+
+def test_roles_that_share_their_bundles_share_their_nodes() -> None:
+    groups = groups_of("placement.layout=shared_scorers")
+    assert groups["critic"] == (("critic", "reference", "reward/learned"), Nodes(1, 1, 8, 64))
+    assert set(groups) == {"policy", "critic", "generator", "reward-sentiment"}
+    apart = groups_of("ppo.critic.strategy=STRICT_PACK", "ppo.critic.workers=2")
+    assert apart["critic"] == (("critic",), Nodes(1, 2, 16, 128))
+
+
+def test_one_group_for_all_roles() -> None:
+    """Engines whose processes are used again are no part of the placement group that is packed."""
+    assert set(groups_of("placement.strategy=STRICT_PACK")) == {"policy", "generator"}
+    assert set(groups_of("placement.layout=colocated")) == {"policy", "reward-sentiment"}
+    assert groups_of(cluster="1x8xH100-80") == {"gpu": ((), Nodes(1, 8, 64, 512))}
+    no_gpu = [f"{role}.gpus=0" for role in ("sft.policy", "reward_model.policy", "ppo.policy", "ppo.critic")]
+    no_gpu += [f"ppo.{role}.gpus=0" for role in ("reference", "generator", "reward.0")]
+    assert groups_of(*no_gpu) == {"cpu": ((), Nodes(1, 0, 6, 48))}
+
+
+def test_names_of_groups_differ() -> None:
+    names = ["A_long_name_that_two_rewards_share_1", "A_long_name_that_two_rewards_share_2"]
+    config = load_pipeline(QUICKSTART)
+    stage = config.stages[-1]
+    own = [stage.reward[0].model_copy(update={"name": name}) for name in names]  # type: ignore[union-attr]
+    changed = config.model_copy(update={"stages": (stage.model_copy(update={"reward": tuple(own)}),)})
+    assert [group.name for group in node_groups(changed, None)][3:5] == [
+        "reward-a-long-name-that",
+        "reward-a-long-name-that-4",
+    ]
+
+
+@pytest.mark.parametrize("layout", ["null", "separate", "shared_scorers"])
+@pytest.mark.parametrize("workers", [1, 3, 9])
+def test_every_stage_fits_on_the_groups(layout: str, workers: int) -> None:
+    config = load_pipeline(
+        QUICKSTART,
+        [f"placement.layout={layout}", f"ppo.generator.workers={workers}", "ppo.generator.tensor_parallel=2"],
+    )
+    groups = node_groups(config, None)
+    nodes = [
+        NodeShare(group.nodes.cpus, group.nodes.gpus, group.labels)
+        for group in groups
+        for _ in range(group.nodes.count)
+    ]
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    placed = on_groups(config, groups)
+    for stage in placed.stages:
+        requests = stage_requests(stage, gpus=gpus)
+        shares = fit(requests, Capacity(cpus, gpus, cpus, gpus, nodes), strategy="PACK", may_wait=False)
+        reserved = zip(reservations(requests), assign(requests, shares, nodes, strategy="PACK"), strict=True)
+        for group, places in reserved:
+            for bundle, node in zip(group, places, strict=True):
+                assert nodes[node].labels == {"rlhf-ray/role": re.sub("[^a-z]", "-", bundle[0].role)}
+
+
+def test_labels_of_nodes_that_are_not_there_are_refused() -> None:
+    config = load_pipeline(QUICKSTART, ["ppo.generator.node_labels={pool: large}"])
+    with pytest.raises(ConfigError, match=r"^ppo\.generator\.node_labels: the job has nodes of its own"):
+        on_groups(config, node_groups(config, None))
+    assert on_groups(config, node_groups(config, "1x8xH100-80")) == config
+
+
+def test_a_worker_that_no_node_can_hold() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no number of nodes of 8 GPUs is enough: generator: one worker needs .*16 GPU"
+    ):
+        groups_of("ppo.generator.tensor_parallel=16")
+
+
+def test_the_manifest_has_the_groups_and_the_pipeline_their_labels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["submit", str(QUICKSTART), "--kuberay"])
+    said = capsys.readouterr()
+    job = yaml.safe_load(said.out)["spec"]
+    assert "workers of generator: 1 node of 1 GPU, 8 CPU cores and 64 GiB\n" in said.err
+    groups = {group["groupName"]: group for group in job["rayClusterSpec"]["workerGroupSpecs"]}
+    assert list(groups) == ["policy", "critic", "reference", "reward-learned", "reward-sentiment", "generator"]
+    assert groups["generator"]["labels"] == {"rlhf-ray/role": "generator"}
+    (container,) = groups["reward-sentiment"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"cpu": "1", "memory": "8Gi"}
+    (head,) = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    monkeypatch.setenv(PACKED, {each["name"]: each for each in head["env"]}[PACKED]["value"])
+    unpack_into(tmp_path / "there")
+    ppo = yaml.safe_load((tmp_path / "there" / "pipeline.yaml").read_text())["stages"][-1]
+    assert ppo["generator"]["node_labels"] == {"rlhf-ray/role": "generator"}
+    assert ppo["reward"][0]["node_labels"] == {"rlhf-ray/role": "reward-learned"}
 
 
 # -------------------------------------------------------------------------- what travels packed

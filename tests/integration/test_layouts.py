@@ -87,7 +87,7 @@ def test_roles_are_on_the_nodes_whose_labels_they_ask_for(found: dict[str, Any])
     assert small not in nodes["policy"]
     judge, policy = found["labelled"]["refused"]
     assert judge.startswith(
-        "judge: one worker needs 0.5 CPU and 1 GPU on one node with pool=small, and with the others"
+        "judge: one worker needs 0.5 CPUs and 1 GPU on one node with pool=small, and with the others"
     )
     assert policy.startswith(
         "policy: one worker needs 1 CPU and 1 GPU on one node with pool=!small, and with the others"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 RESERVE_GIB = {
-    "cpu": {"learner": 0.55, "scorer": 0.53, "function": 0.53, "generator": 0.85},
+    "cpu": {"learner": 0.55, "scorer": 0.53, "function": 0.33, "generator": 0.85},
     "cuda": {"learner": 1.5, "scorer": 1.0, "function": 0.0, "generator": 1.5},
 }
 """What a worker takes before it holds a model. On a CPU the resident memory of workers of runs with a model of 1 M

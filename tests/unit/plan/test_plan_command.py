@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.cli import main
+from rlhf_ray.distributed import placement
 from rlhf_ray.distributed.nodes import Node
 from rlhf_ray.distributed.placement import Share
 
@@ -115,7 +116,12 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
         (["ppo.iterations=none"], "ppo.iterations"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_sentence(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Other tests may have a Ray open in this process, which would be taken for the one that is meant.
+    monkeypatch.setattr(placement, "_connection", None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     code, out, err = run(capsys, PIPELINE, *arguments)
     assert (code, out) == (2, "")
     assert words in err

@@ -43,6 +43,11 @@ class Nodes:
     memory_gib: int
 
     @property
+    def all_gpus(self) -> int:
+        """Of all nodes."""
+        return self.count * self.gpus
+
+    @property
     def shared_gib(self) -> int:
         """Of the memory, what /dev/shm may take: a quarter."""
         return max(1, self.memory_gib // 4)
@@ -99,7 +104,8 @@ def nodes_for(config: Pipeline, cluster: str | None) -> Nodes:
 def node_groups(config: Pipeline, cluster: str | None) -> list[NodeGroup]:
     """Nodes that every stage of the pipeline fits on: a group for each role, or for roles that must be together.
 
-    Those of a described cluster are one group for all, and so are nodes without GPUs.
+    One group is for all where the cluster is described, where there is no GPU, and where groups would take more GPUs:
+    stages that take turns need not have the same roles on all of them.
 
     Raises:
         ConfigError: the described nodes, or any, are too few or too small.
@@ -111,9 +117,9 @@ def node_groups(config: Pipeline, cluster: str | None) -> list[NodeGroup]:
         word = re.sub(r"[^a-z0-9]+", "-", roles[0].lower())[:_NAME_LENGTH].strip("-")
         name = f"{word}-{len(found)}" if any(group.name == word for group in found) else word
         found.append(NodeGroup(name, roles, _smallest([requests for requests in own if requests], strategy)))
-    if len(found) > 1 and any(group.nodes.gpus for group in found):
-        return found
     nodes = nodes_for(config, cluster)
+    if len(found) > 1 and nodes.gpus and sum(group.nodes.all_gpus for group in found) <= nodes.all_gpus:
+        return found
     return [NodeGroup("gpu" if nodes.gpus else "cpu", (), nodes)]
 
 
@@ -159,7 +165,7 @@ def _roles_together(phases: Sequence[Sequence[RoleRequest]], strategy: str) -> l
 
 
 def _smallest(phases: Sequence[Sequence[RoleRequest]], strategy: str) -> Nodes:
-    """The fewest nodes that give every worker what it asks for, or a GPU where it asks for nothing.
+    """The fewest nodes, and the smallest, that give every worker what it asks for, or a GPU where it asks for nothing.
 
     Raises:
         ConfigError: a worker asks for more than a node has.
@@ -167,15 +173,15 @@ def _smallest(phases: Sequence[Sequence[RoleRequest]], strategy: str) -> Nodes:
     bundles = [_bundles(requests) for requests in phases]
     gpus = math.ceil(max(sum(share.gpus for share in shares) for shares in bundles))
     cpus = math.ceil(max(sum(share.cpus for share in shares) for shares in bundles))
-    each = f"{min(gpus, GPUS_PER_NODE)}xGPU-80" if gpus else f"{cpus}xCPU-{_GIB_PER_CPU * cpus}"
     fewest = math.ceil(gpus / GPUS_PER_NODE) if gpus else 1
     # No node is without a bundle.
     for number in range(fewest, max(fewest, *map(len, bundles)) + 1):
-        shape = parse_cluster(f"{number}x{each}")
-        try:
-            return _nodes(shape, phases, strategy)
-        except PlacementError as error:
-            refusal = str(error)
+        for each in sorted({min(GPUS_PER_NODE, math.ceil(gpus / number)), min(GPUS_PER_NODE, gpus)}):
+            kind = f"{each}xGPU-80" if gpus else f"{cpus}xCPU-{_GIB_PER_CPU * cpus}"
+            try:
+                return _nodes(parse_cluster(f"{number}x{kind}"), phases, strategy)
+            except PlacementError as error:
+                refusal = str(error)
     raise ConfigError(f"no number of nodes of {GPUS_PER_NODE} GPUs is enough: {refusal}")
 
 

@@ -49,13 +49,24 @@ def pipeline(
         (1, Nodes(1, 1, 8, 64)),
         (5, Nodes(1, 5, 40, 320)),
         (8, Nodes(1, 8, 64, 512)),
-        (9, Nodes(2, 8, 64, 512)),
-        (17, Nodes(3, 8, 64, 512)),
+        (9, Nodes(2, 5, 40, 320)),
+        (17, Nodes(3, 6, 48, 384)),
     ],
 )
 def test_nodes_that_nobody_described(tmp_path: Path, workers: int, nodes: Nodes) -> None:
     """A GPU for every worker of the larger stage."""
     assert nodes_for(pipeline(tmp_path, workers=workers), None) == nodes
+
+
+def test_nodes_hold_whole_engines() -> None:
+    """For 21 GPUs each of three nodes would have seven, and they room for three of the four engines."""
+    config = load_pipeline(REPOSITORY / "pipelines/quickstart.yaml", ["ppo.generator.tensor_parallel=4"])
+    assert nodes_for(config, None) == Nodes(1, 8, 64, 512)
+    several = load_pipeline(
+        REPOSITORY / "pipelines/quickstart.yaml",
+        ["ppo.generator.tensor_parallel=4", "ppo.generator.workers=4", "ppo.policy.workers=2"],
+    )
+    assert nodes_for(several, None) == Nodes(3, 8, 64, 512)
 
 
 def test_nodes_without_gpus(tmp_path: Path) -> None:
@@ -74,7 +85,7 @@ def test_cores_of_all_roles_on_a_node() -> None:
 
 
 def test_whole_nodes_for_workers_that_must_be_apart(tmp_path: Path) -> None:
-    assert nodes_for(pipeline(tmp_path, workers=3, strategy="STRICT_SPREAD"), None) == Nodes(3, 3, 24, 192)
+    assert nodes_for(pipeline(tmp_path, workers=3, strategy="STRICT_SPREAD"), None) == Nodes(3, 1, 8, 64)
 
 
 def test_nodes_that_are_too_few(tmp_path: Path) -> None:
@@ -95,9 +106,9 @@ def groups_of(*overrides: str, cluster: str | None = None) -> dict[str, tuple[tu
 
 
 def test_each_role_has_a_group_of_nodes() -> None:
-    """The policy's is for the most of its workers in any stage: four in sft, two in ppo."""
+    """The policy's is for the most of its workers in any stage."""
     one = Nodes(1, 1, 8, 64)
-    assert groups_of("sft.policy.workers=4", "ppo.policy.workers=2", "ppo.generator.workers=12") == {
+    assert groups_of("sft.policy.workers=4", "ppo.policy.workers=4", "ppo.generator.workers=16") == {
         "policy": (("policy",), Nodes(1, 4, 32, 256)),
         "critic": (("critic",), one),
         "reference": (("reference",), one),
@@ -119,6 +130,8 @@ def test_one_group_for_all_roles() -> None:
     """Engines whose processes are used again are no part of the placement group that is packed."""
     assert set(groups_of("placement.strategy=STRICT_PACK")) == {"policy", "generator"}
     assert set(groups_of("placement.layout=colocated")) == {"policy", "reward-sentiment"}
+    # The pods of the policy would be four, and two of them idle in the last stage.
+    assert groups_of("sft.policy.workers=4", "ppo.policy.workers=2") == {"gpu": ((), Nodes(1, 6, 48, 384))}
     assert groups_of(cluster="1x8xH100-80") == {"gpu": ((), Nodes(1, 8, 64, 512))}
     no_gpu = [f"{role}.gpus=0" for role in ("sft.policy", "reward_model.policy", "ppo.policy", "ppo.critic")]
     no_gpu += [f"ppo.{role}.gpus=0" for role in ("reference", "generator", "reward.0")]

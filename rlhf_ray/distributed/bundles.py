@@ -156,7 +156,9 @@ def selector_of(bundle: Bundle) -> Mapping[str, str]:
     return bundle[0].node_labels
 
 
-def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, may_wait: bool) -> Shares:
+def fit(
+    requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, may_wait: bool, of_all: bool = False
+) -> Shares:
     """Each role's share per worker.
 
     Args:
@@ -164,6 +166,8 @@ def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, m
         capacity: what there is.
         strategy: that of roles that have none of their own.
         may_wait: what is taken now may become free, so only what the whole cluster cannot give is refused.
+        of_all: roles that name no GPUs share those of the whole cluster even where they may not wait, and not those
+            that are free.
 
     Raises:
         PlacementError: the cluster cannot give it; names roles, wanted and free.
@@ -175,7 +179,9 @@ def fit(requests: Sequence[RoleRequest], capacity: Capacity, *, strategy: str, m
     each = 1.0 if unset <= left else math.floor(100 * left / max(unset, 1) + 1e-6) / 100
     if each < 0.01:
         each = 1.0  # nothing to share: the need for whole cores is what is waited for, or reported
-    each_gpu = _gpu_share(together, capacity.gpus if may_wait else capacity.free_gpus)
+    each_gpu = 0.0
+    if capacity.gpus:
+        each_gpu = _gpu_share(together, capacity.gpus if may_wait or of_all else capacity.free_gpus)
     shares = share_out(requests, each_cpu=each, each_gpu=each_gpu)
     # Equal shares of all cores may leave a rest on each node that is too small for the last bundle.
     while unset and 0.01 < each < 1 and not _packs(requests, shares, capacity.nodes, strategy):
@@ -276,13 +282,14 @@ def _most_workers(members: Bundle) -> int:
 
 
 def _gpu_share(together: Sequence[Bundle], gpus: float) -> float:
-    """GPUs of each bundle for which none are named: one, or an equal part where there are fewer GPUs than bundles."""
+    """GPUs of each bundle for which none are named: one, or an equal part where there are fewer than bundles, but some.
+
+    One also where there is none: that is a shortage.
+    """
     fixed = sum(_most_workers(members) * members[0].gpus for members in together if members[0].gpus is not None)
     unset = [members for members in together if members[0].gpus is None]
     bundles = sum(map(_most_workers, unset))
     left = math.floor(gpus - fixed + 1e-6)
-    if gpus == 0:
-        return 0.0
     # The ranks of one process group cannot share a GPU; they are reported as a shortage.
     whole = any(
         each.whole_gpus or (each.rendezvous and each.workers > 1 and each.gpus != 0)

@@ -180,19 +180,24 @@ class Cluster:
         return placement
 
     def _fit(self, connection: Connection, missing: Sequence[RoleRequest]) -> Shares:
-        """The shares; idle hosts are ended where they are in the way."""
+        """The shares; idle hosts are ended where they are in the way, or hold a GPU while others would share one."""
         while True:
             try:
-                return fit(
+                shares = fit(
                     missing,
                     connection.capacity(),
                     strategy=self._strategy,
                     may_wait=not connection.ours and not connection.idle,
+                    of_all=not connection.ours,
                 )
             except PlacementError:
                 if not connection.idle:
                     raise
-                connection.evict()
+            else:
+                shared = any(each.gpus is None and 0 < shares.gpus[each.role] < 1 for each in missing)
+                if not (shared and any(slot.share.gpus for slot in connection.idle)):
+                    return shares
+            connection.evict()
 
     def _doubt(self, connection: Connection, missing: Sequence[RoleRequest], shares: Shares) -> PlacementError | None:
         """Why the bundles have no room on the nodes, even if all were free; None where they have."""

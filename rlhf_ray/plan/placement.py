@@ -107,12 +107,12 @@ def stage_requests(stage: schema.Stage, *, gpus: float) -> list[RoleRequest]:
 def place(
     requests: Sequence[RoleRequest], cluster: ClusterShape, *, strategy: str
 ) -> tuple[Shares, dict[str, dict[int, int]]]:
-    """Everybody's share, and how many of each role's workers are on each node.
+    """Everybody's share, and how many of each role's workers are on each node, of what is free now.
 
     Raises:
         PlacementError: there is no room; names roles, wanted and free.
     """
-    shares = fit(requests, cluster.capacity(), strategy=strategy, may_wait=False)
+    shares = fit(requests, cluster.capacity(), strategy=strategy, may_wait=False, of_all=True)
     nodes: dict[str, dict[int, int]] = {request.role: {} for request in requests}
     places = assign(requests, shares, cluster.all_nodes, strategy=strategy)
     for group, on in zip(reservations(requests), places, strict=True):

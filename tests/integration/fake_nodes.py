@@ -193,6 +193,15 @@ def labelled(cluster: Cluster, impatient: Cluster) -> dict[str, Any]:
     return {"nodes": nodes, "refused": refused}
 
 
+def after_engines(cluster: Cluster) -> dict[str, float]:
+    """The GPUs of roles that name none, after a stage whose idle engines hold all of them."""
+    engines = RoleRequest("generator", 2, gpus=4.0, cpus=1.0, reuse="generator")
+    with cluster.reserve([engines]) as placement:
+        placement.start("generator", Witness).all(Witness.environment).result()
+    with cluster.reserve([RoleRequest("policy"), RoleRequest("reference", 7)]) as placement:
+        return {role: placement.share(role).gpus for role in ("policy", "reference")}
+
+
 def blind(cluster: Cluster) -> str:
     """What is said of a worker that Ray has not confined to its GPU."""
     env = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
@@ -218,6 +227,8 @@ def main() -> None:
                     fake.add_node(**NODE)
                 fake.wait_for_nodes()
                 found["layouts"][str(nodes)] = layouts(cluster, nodes)
+                if nodes == 1:
+                    found["after engines"] = after_engines(cluster)
                 if nodes == 2:
                     found["workers"] = workers(cluster)
                     found["blind"] = blind(cluster)

@@ -79,6 +79,10 @@ def test_uneven_nodes(found: dict[str, Any]) -> None:
     assert sorted(Counter(found["uneven"]["nodes"]["generator"]).values()) == [1, 2, 2, 2, 2]
 
 
+def test_idle_engines_give_their_gpus_to_the_next_stage(found: dict[str, Any]) -> None:
+    assert found["after engines"] == {"policy": 1.0, "reference": 1.0}
+
+
 def test_roles_are_on_the_nodes_whose_labels_they_ask_for(found: dict[str, Any]) -> None:
     """The policy on the four nodes of eight GPUs; the engines, one a newcomer, and the reference on the other."""
     nodes = found["labelled"]["nodes"]

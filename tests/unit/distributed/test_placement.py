@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_ray.distributed import placement
 from rlhf_ray.distributed.bundles import Capacity, NodeShare, RoleRequest, Share, fit
+from rlhf_ray.distributed.connection import Slot
 from rlhf_ray.distributed.placement import Cluster, worker_environment
 from rlhf_ray.distributed.rendezvous import Meeting, environment
 from rlhf_ray.errors import ConfigError, PlacementError
@@ -41,6 +42,47 @@ def test_unset_gpus_are_equal_fractions_where_there_are_fewer() -> None:
     roles = [RoleRequest(name, rendezvous=name == "policy") for name in ("policy", "reference", "generator")]
     assert set(shares(roles, one).values()) == {Share(1, 0.33)}
     assert shares([*roles, RoleRequest("critic")], GPU_BOX)["critic"] == Share(1, 0.5)
+
+
+def test_unset_gpus_are_one_each_where_others_hold_all_of_them() -> None:
+    """A cluster whose GPUs are taken is none without GPUs."""
+    taken = Capacity(cpus=16, gpus=2, free_cpus=16, free_gpus=0, nodes=[NodeShare(16, 2)])
+    with pytest.raises(PlacementError, match=r"^policy needs 1 GPU; 0 of 2 are free"):
+        shares([RoleRequest("policy")], taken)
+    assert shares([RoleRequest("policy")], taken, wait=True) == {"policy": Share(1, 1)}
+
+
+def test_unset_gpus_are_parts_of_all_of_them_where_they_are_not_ours_alone() -> None:
+    one_left = Capacity(cpus=16, gpus=2, free_cpus=16, free_gpus=1, nodes=[NodeShare(16, 2)])
+    roles = [RoleRequest("policy"), RoleRequest("reference")]
+    assert set(shares(roles, one_left).values()) == {Share(1, 0.5)}
+    with pytest.raises(PlacementError, match=r"^policy needs 1 GPU, reference needs 1 GPU .*; 1 of 2 are free"):
+        fit(roles, one_left, strategy="PACK", may_wait=False, of_all=True)
+
+
+class Idle:
+    """A connection of our own with two GPUs, some of them held by idle engines of one GPU each."""
+
+    ours = True
+
+    def __init__(self, engines: int) -> None:
+        share = Share(1, 1)
+        self.idle = [Slot(None, 0, share, share)] * engines  # type: ignore[arg-type]
+
+    def capacity(self) -> Capacity:
+        held = len(self.idle)
+        return Capacity(16, 2, 16 - held, 2 - held, [NodeShare(16, 2)])
+
+    def evict(self) -> None:
+        self.idle = self.idle[1:]
+
+
+@pytest.mark.parametrize(("engines", "workers", "kept"), [(1, 1, 1), (1, 2, 0), (2, 1, 1), (2, 2, 0), (0, 3, 0)])
+def test_idle_engines_end_before_others_share_a_gpu(engines: int, workers: int, kept: int) -> None:
+    connection = Idle(engines)
+    found = Cluster("local")._fit(connection, [RoleRequest("reference", workers)])  # type: ignore[arg-type]
+    assert found.workers["reference"] == Share(1, 1 if workers < 3 else 0.5)
+    assert len(connection.idle) == kept
 
 
 def test_two_ranks_of_one_group_do_not_share_a_gpu() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rlhf_ray.distributed.bundles import NodeShare
@@ -72,6 +72,12 @@ class ClusterShape:
             return capacity(list(self.running))
         cpus, gpus = self.nodes * self.cpus, self.nodes * self.gpus
         return Capacity(cpus, gpus, cpus, gpus, self.all_nodes)
+
+    def with_nodes(self, nodes: int) -> ClusterShape:
+        """The same with so many nodes: of a running cluster those that it lacks are like its largest, and free."""
+        largest = max(self.running, key=lambda node: (node.has.gpus, node.has.cpus), default=None)
+        more = () if largest is None else (replace(largest, free=largest.has),) * (nodes - self.nodes)
+        return replace(self, nodes=nodes, running=(*self.running, *more))
 
 
 def unnamed_cluster() -> ClusterShape:

@@ -182,22 +182,23 @@ def _asked(requests: Sequence[RoleRequest], cluster: ClusterShape) -> Shares:
 
 
 def _changes(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: str) -> Iterator[str]:
-    """The smallest change of the settings that fits, and the smallest number of such nodes that does."""
+    """The smallest change of the settings that fits, and the smallest number of further nodes that does."""
     smaller = [
-        (cost, text)
+        (cost, text + how)
         for cost, text, changed in _smaller(requests)
-        if _fits(_changed(requests, changed), cluster, strategy)
+        if (how := _fits(_changed(requests, changed), cluster, strategy)) is not None
     ]
     if smaller:
         yield min(smaller)[1]
     else:
         yield from _halved(requests, cluster, strategy)
-    nodes = cluster.nodes + 1
-    while nodes <= MOST_NODES:
-        if _fits(requests, replace(cluster, nodes=nodes), strategy):
-            yield f"{nodes} such nodes instead of {cluster.nodes}"
+    for nodes in range(cluster.nodes + 1, MOST_NODES + 1):
+        how = _fits(requests, cluster.with_nodes(nodes), strategy)
+        if how is not None:
+            more = nodes - cluster.nodes
+            like = f"{more} more node{'s' if more > 1 else ''} like the largest" if cluster.running else ""
+            yield (like or f"{nodes} such nodes instead of {cluster.nodes}") + how
             return
-        nodes += 1
 
 
 def _smaller(requests: Sequence[RoleRequest]) -> Iterator[tuple[float, str, list[RoleRequest]]]:
@@ -236,11 +237,15 @@ def _halved(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: st
     most = max(request.workers for request in requests)
     for divisor in range(2, most + 1):
         fewer = [replace(request, workers=max(1, request.workers // divisor)) for request in requests]
-        if _fits(fewer, cluster, strategy):
-            yield " ".join(
-                f"{sections[after.role]}.workers={after.workers}"
-                for before, after in zip(requests, fewer, strict=True)
-                if before.workers != after.workers
+        how = _fits(fewer, cluster, strategy)
+        if how is not None:
+            yield (
+                " ".join(
+                    f"{sections[after.role]}.workers={after.workers}"
+                    for before, after in zip(requests, fewer, strict=True)
+                    if before.workers != after.workers
+                )
+                + how
             )
             return
 
@@ -250,12 +255,14 @@ def _changed(requests: Sequence[RoleRequest], changed: Sequence[RoleRequest]) ->
     return [by_role.get(request.role, request) for request in requests]
 
 
-def _fits(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: str) -> bool:
+def _fits(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: str) -> str | None:
+    """How they fit, in words that may be none; None where they do not."""
     try:
-        place(requests, cluster, strategy=strategy)
+        shares, _ = place(requests, cluster, strategy=strategy)
     except PlacementError:
-        return False
-    return True
+        return None
+    shared = any(request.gpus is None and 0 < shares.gpus[request.role] < 1 for request in requests)
+    return " (workers then share GPUs)" if shared else ""
 
 
 def _sections(requests: Sequence[RoleRequest]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import load_pipeline
-from rlhf_ray.distributed.placement import RoleRequest, Share
+from rlhf_ray.distributed.bundles import RoleRequest, Share
+from rlhf_ray.distributed.nodes import Node
 from rlhf_ray.errors import ConfigError, PlacementError
-from rlhf_ray.plan.cluster import ClusterShape, parse_cluster, unnamed_cluster
+from rlhf_ray.plan.cluster import ClusterShape, parse_cluster, running_cluster, unnamed_cluster
 from rlhf_ray.plan.placement import StagePlacement, place, plan_placement
 
 REWARD: dict[str, Any] = {"kind": "model", "model": "r"}
@@ -199,3 +201,38 @@ def test_sharers_get_fewer_workers_together() -> None:
     assert found.shortage is not None
     assert "policy (with critic) needs 12 GPUs" in found.shortage
     assert found.changes == ("policy.workers=7 critic.workers=7", "2 such nodes instead of 1")
+
+
+BUSY = running_cluster(
+    [
+        Node("10.0.0.1", Share(64, 8), Share(64, 6), 500.0, "H100"),
+        Node("10.0.0.2", Share(64, 4), Share(0, 0), 500.0, "H100"),
+    ],
+    "two nodes",
+)
+
+
+def test_more_nodes_of_a_running_cluster_are_like_its_largest() -> None:
+    """Of twelve GPUs six are free; 19 are wanted, and eight come with each node."""
+    learner = {"model": "m", "workers": 4}
+    stage = ppo(policy=learner, critic=learner, generator={"workers": 9}, prompts_per_iteration=256)
+    (found,) = plan_placement(stage, BUSY, strategy="PACK")
+    assert found.shortage is not None
+    assert found.changes[-1] == "2 more nodes like the largest"
+    assert BUSY.with_nodes(4).total_gpus == 28
+    assert [node.gpus for node in BUSY.with_nodes(4).all_nodes] == [6, 0, 8, 8]
+
+
+def test_a_busy_cluster_is_not_one_without_gpus() -> None:
+    full = running_cluster([replace(BUSY.running[0], free=Share(64, 0))], "one node")
+    (found,) = plan_placement(ppo(), full, strategy="PACK")
+    assert found.shortage is not None
+    assert "policy needs 1 GPU, critic needs 1 GPU" in found.shortage
+    assert "0 of 8 are free" in found.shortage
+    assert found.changes == ("1 more node like the largest",)
+
+
+def test_a_change_that_makes_workers_share_says_so() -> None:
+    """Two ranks of the policy want a GPU each; one alone shares with the others."""
+    (found,) = plan_placement(ppo(policy={"model": "m", "workers": 2}), parse_cluster("1x2xH100-80"), strategy="PACK")
+    assert found.changes[0] == "policy.workers=1 (workers then share GPUs)"

@@ -241,9 +241,10 @@ def assign(
             place = _node_for(share, free, allowed, used, strategy_of(group, strategy))
             if place is None:
                 left = "; ".join(f"{free[n].cpus:g} CPUs, {free[n].gpus:g} GPUs" for n in allowed)
+                labels = f" with {in_words(selector)}" if selector else ""
                 raise PlacementError(
                     f"{named(group[index])}: one worker needs {count(share.cpus, 'CPU')} and "
-                    f"{count(share.gpus, 'GPU')} on one node{_labelled(selector)}, and with the others in place no "
+                    f"{count(share.gpus, 'GPU')} on one node{labels}, and with the others in place no "
                     f"node has them (strategy {strategy_of(group, strategy)}); left are {left or 'none'}"
                 )
             used.add(place)
@@ -328,7 +329,7 @@ def _fit_nodes(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[
     groups = reservations(requests)
     own = {f"{group[0][0].role}.strategy": group for group in groups if group[0][0].strategy is not None}
     others = [bundle for group in groups if group[0][0].strategy is None for bundle in group]
-    pieces: dict[str, tuple[Share, Mapping[str, str]]] = {}
+    pieces: dict[str, tuple[Share, list[Mapping[str, str]]]] = {}
     for setting, bundles in {"placement.strategy": others, **own}.items():
         if not bundles:
             continue
@@ -340,27 +341,23 @@ def _fit_nodes(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[
         if kind == "STRICT_PACK":
             whose = "all roles" if bundles is others else f"all of {named(bundles[0])}"
             whole = Share(sum(share.cpus for share in wanted), sum(share.gpus for share in wanted))
-            labels = {key: value for bundle in bundles for key, value in selector_of(bundle).items()}
-            pieces[f"{whose} on one node ({setting} STRICT_PACK)"] = whole, labels
+            pieces[f"{whose} on one node ({setting} STRICT_PACK)"] = whole, [selector_of(each) for each in bundles]
         else:
             pieces |= {
-                named(bundle): (share, selector_of(bundle)) for bundle, share in zip(bundles, wanted, strict=True)
+                named(bundle): (share, [selector_of(bundle)]) for bundle, share in zip(bundles, wanted, strict=True)
             }
-    for name, (piece, selector) in pieces.items():
-        allowed = [node for node in nodes if matches(node.labels, selector)]
+    for name, (piece, selectors) in pieces.items():
+        allowed = [node for node in nodes if all(matches(node.labels, selector) for selector in selectors)]
         if not any(piece.cpus <= node.cpus + 1e-6 and piece.gpus <= node.gpus + 1e-6 for node in allowed):
             largest = max(allowed, key=lambda node: (node.gpus, node.cpus), default=Share(0, 0))
             there = f"the largest node has {count(largest.cpus, 'CPU')} and {count(largest.gpus, 'GPU')}"
-            if selector:
+            labels = " and ".join(dict.fromkeys(filter(None, map(in_words, selectors))))
+            if labels:
                 there = there.replace("node", "such node") if allowed else f"none of {len(nodes)} nodes is such a one"
             raise PlacementError(
                 f"{name}: one worker needs {count(piece.cpus, 'CPU')} and {count(piece.gpus, 'GPU')} on one node"
-                f"{_labelled(selector)}; {there}"
+                f"{f' with {labels}' if labels else ''}; {there}"
             )
-
-
-def _labelled(selector: Mapping[str, str]) -> str:
-    return f" with {in_words(selector)}" if selector else ""
 
 
 def _node_for(share: Share, free: Sequence[Share], allowed: Sequence[int], used: set[int], strategy: str) -> int | None:

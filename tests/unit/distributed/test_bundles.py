@@ -204,3 +204,9 @@ def test_a_shortage_of_labelled_nodes_names_the_labels() -> None:
             RoleRequest("critic", 1, gpus=1),
             strategy="STRICT_PACK",
         )
+    with pytest.raises(PlacementError, match=r"with pool=large and pool=small; none of 3 nodes is such a one"):
+        on_pools(
+            RoleRequest("policy", node_labels={"pool": "large"}),
+            RoleRequest("critic", node_labels={"pool": "small"}),
+            strategy="STRICT_PACK",
+        )

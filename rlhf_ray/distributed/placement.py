@@ -58,6 +58,7 @@ _CLOSE_IDLE_S = 10.0
 _CLOSE_BUSY_S = 2.0
 # How long Ray may try bundles that by our own packing have no room on the nodes, even if all of them were free.
 _DOUBTFUL_S = 2.0
+# How long room that is there takes to be given; what comes later is looked for without waiting.
 _NEW_ROOM_S = 1.0
 _POLL_S = 0.02
 _connection: Connection | None = None
@@ -519,6 +520,7 @@ class Growth(Generic[W]):
         self._lacking = lacking
         self._deadline_s = deadline_s
         self._deadline = time.monotonic() + deadline_s
+        self._patient_until = time.monotonic() + _NEW_ROOM_S
         self._building: tuple[RayGroup[W], list[Slot]] | None = None
 
     @property
@@ -546,12 +548,11 @@ class Growth(Generic[W]):
         """Starts the workers for which there is room; without effect while earlier ones are being made."""
         if self._building is not None:
             return
-        deadline = time.monotonic() + _NEW_ROOM_S
         while self._asked:
             placed = [slot for slot in self._asked if is_placed(slot.group)]
             self._asked = [slot for slot in self._asked if slot not in placed]
             self._ready += placed
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._patient_until:
                 break
             time.sleep(_POLL_S)
         if self._ready:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rlhf_ray import pipeline
 from rlhf_ray.config import schema
+from rlhf_ray.distributed.bundles import NodeShare
 from rlhf_ray.distributed.nodes import Node
 from rlhf_ray.distributed.placement import Share
 from rlhf_ray.plan import prediction
@@ -69,11 +70,11 @@ def test_a_stage_without_an_iteration_has_nothing_to_compare() -> None:
 def test_a_running_cluster_of_uneven_nodes(tmp_path: Path) -> None:
     nodes = [
         Node("10.0.0.1", Share(8, 0), Share(8, 0), 30.0, ""),
-        Node("10.0.0.2", Share(64, 8), Share(60, 5), 400.0, "H100"),
+        Node("10.0.0.2", Share(64, 8), Share(60, 5), 400.0, "H100", labels={"pool": "large"}),
     ]
     found = running_cluster(nodes, "two nodes")
     assert (found.nodes, found.total_cpus, found.total_gpus, found.gpu_gib, found.host_gib) == (2, 72, 8, 80, 30)
-    assert list(found.all_nodes) == [Share(8, 0), Share(60, 5)]
+    assert list(found.all_nodes) == [NodeShare(8, 0, {}), NodeShare(60, 5, {"pool": "large"})]
     assert (found.capacity().free_gpus, found.capacity().gpus) == (5, 8)
     for cluster in (found, parse_cluster("2x8xH200-141")):
         written = json.loads(json.dumps(cluster_as_object(cluster)))

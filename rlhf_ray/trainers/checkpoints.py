@@ -52,7 +52,7 @@ _MAY_CHANGE = (
     "*.colocate_with",
     "*.whole_gpus",
     "*.strategy",
-    "*.node_labels",
+    "*.node_labels*",
     "*.micro_batch_tokens",
     "*.micro_batch_sequences",
     "generator.workers",

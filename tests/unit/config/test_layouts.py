@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_ray.config.layouts import expand_layout, layout_settings, roles_of
+from rlhf_ray.config.layouts import expand_layout, layout_settings, possible_gpus, roles_of
 from rlhf_ray.config.load import dump_pipeline, load_pipeline
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.errors import ConfigError
@@ -78,6 +78,12 @@ def test_colocated(tmp_path: Path) -> None:
     assert (stage.reward[1].workers, stage.reward[1].colocate_with) == (1, None)
 
 
+def test_colocated_roles_without_a_gpu_and_an_engine_without_a_share(tmp_path: Path) -> None:
+    found = of_stage(loaded(tmp_path, ppo("colocated", critic={"gpus": 0}, generator={"engine": "hf"})))
+    assert not {"critic.colocate_with", "critic.offload", "generator.memory_share"} & found.keys()
+    assert found["policy.offload"] is found["generator.sleep"] is True
+
+
 def test_shared_scorers(tmp_path: Path) -> None:
     with_critic = of_stage(loaded(tmp_path, ppo("shared_scorers", critic={"workers": 2})))
     assert with_critic == {
@@ -91,6 +97,10 @@ def test_shared_scorers(tmp_path: Path) -> None:
     assert without == {"reward.0.colocate_with": "reference", "reward.0.workers": 1}
     off = of_stage(loaded(tmp_path, ppo("shared_scorers", **group, kl={"place": "off"})))
     assert off == {}
+    on_policy = of_stage(loaded(tmp_path, ppo("shared_scorers", critic={"colocate_with": "policy"})))
+    assert (on_policy["reference.colocate_with"], on_policy["reward.0.colocate_with"]) == ("policy", "policy")
+    on_cpu = of_stage(loaded(tmp_path, ppo("shared_scorers", critic={"gpus": 0})))
+    assert on_cpu == {"reward.0.colocate_with": "reference", "reward.0.workers": 1}
 
 
 def test_other_methods(tmp_path: Path) -> None:
@@ -99,6 +109,14 @@ def test_other_methods(tmp_path: Path) -> None:
     assert of_stage(loaded(tmp_path, collect)) == {"reward.0.colocate_with": "generator", "reward.0.workers": 1}
     dpo = {key: value for key, value in ppo("colocated", method="dpo").items() if key not in ("iterations", "reward")}
     assert of_stage(loaded(tmp_path, dpo)) == {"reference.colocate_with": "policy", "reference.workers": 4}
+    sampled = of_stage(
+        loaded(tmp_path, dpo | {"generator": {}, "data": {"train": "hub/data", "evaluation": "hub/data"}})
+    )
+    assert {
+        "generator.colocate_with": "policy",
+        "generator.sleep": True,
+        "policy.offload": True,
+    }.items() <= sampled.items()
     sft = {key: value for key, value in dpo.items() if key != "method"} | {"method": "sft"}
     assert of_stage(loaded(tmp_path, sft)) == {}
 
@@ -125,6 +143,24 @@ def test_a_resolved_file_loads_again_to_the_same(tmp_path: Path, layout: str | N
 def test_roles_without_workers_are_none(tmp_path: Path) -> None:
     (stage,) = loaded(tmp_path, ppo(critic={"kind": "value_head"}, kl={"place": "off"})).stages
     assert list(roles_of(stage)) == ["policy", "reward/classifier", "reward/rule", "generator"]
+    (adapted,) = loaded(tmp_path, ppo(policy={"model": "hub/name", "lora": {}})).stages
+    assert list(roles_of(adapted)) == ["policy", "critic", "reward/classifier", "reward/rule", "generator"]
+
+
+def test_gpus_that_a_role_may_use(tmp_path: Path) -> None:
+    """None on those of a role on the CPU; a role that is not there has none to lack."""
+    for changes, gpus in (({"gpus": 0}, 0.0), ({}, 8.0)):
+        policy = {"model": "hub/name", **changes}
+        (stage,) = loaded(tmp_path, ppo(policy=policy, generator={"colocate_with": "policy"})).stages
+        assert possible_gpus(stage, roles_of(stage)["generator"][1], gpus=8.0) == gpus
+        assert possible_gpus(stage, roles_of(stage)["reference"][1], gpus=8.0) == 8.0
+
+
+def test_what_may_share(tmp_path: Path) -> None:
+    whole = ppo(reference={"colocate_with": "reward/classifier"}, reward=[MODEL | {"gpus": 1}])
+    functions = ppo(reward=[FUNCTION, FUNCTION | {"name": "other", "colocate_with": "reward/rule"}])
+    for settings in (whole, functions):
+        assert loaded(tmp_path, settings).stages
 
 
 @pytest.mark.parametrize(
@@ -167,6 +203,10 @@ def test_roles_without_workers_are_none(tmp_path: Path) -> None:
         (
             ppo(reference={"whole_gpus": True, "colocate_with": "critic"}),
             r"reference.whole_gpus.*no effect with reference.colocate_with",
+        ),
+        (
+            ppo(reference={"node_labels": {"pool": "large"}, "colocate_with": "critic"}),
+            r"reference.node_labels.*no effect with reference.colocate_with",
         ),
         (ppo("together"), r"placement.layout.*got 'together', wanted one of separate, colocated, shared_scorers"),
     ],

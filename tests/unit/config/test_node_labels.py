@@ -24,6 +24,7 @@ NODE = {"pool": "large", "ray.io/accelerator-type": "H100"}
         ({"zone": "!a"}, True),
         ({"pool": "in(small, large)"}, True),
         ({"pool": "in(small,tiny)"}, False),
+        ({"pool": "in(small,large)"}, True),
         ({"pool": "!in(small, large)"}, False),
         ({"pool": "!in(small, tiny)"}, True),
         ({"pool": "large", "ray.io/accelerator-type": "A100"}, False),

@@ -152,6 +152,36 @@ def test_a_bundle_has_what_its_workers_have(workers: list[int], hosts: int, numb
     assert {request.role: request.workers for request in requests} == {role: placed.count(role) for role in placed}
 
 
+def test_ranks_without_a_gpu_cut_those_of_their_host() -> None:
+    """Only ranks that meet on GPUs need whole ones."""
+    roles = [
+        RoleRequest("generator", 4),
+        RoleRequest("critic", 2, gpus=0.0, rendezvous=True, colocate_with="generator"),
+    ]
+    assert bundles(roles, nodes(1, 8, 2)) == [[Share(2, 0.5), Share(2, 0.5), Share(1, 0.5), Share(1, 0.5)]]
+
+
+def places(*requests: RoleRequest, on: list[NodeShare]) -> list[int]:
+    """The node of each bundle of roles that are packed together."""
+    capacity = Capacity(99, 99, 99, 99, on)
+    shares = fit(requests, capacity, strategy="PACK", may_wait=False)
+    (found,) = assign(requests, shares, on, strategy="PACK")
+    return found
+
+
+def test_the_largest_bundle_is_placed_first() -> None:
+    """That of the most GPUs, then of the most cores; else a smaller one would have taken its node."""
+    scorer, learner = RoleRequest("reward", cpus=4, gpus=0), RoleRequest("policy", cpus=1, gpus=2)
+    assert places(scorer, learner, on=[NodeShare(4, 2), NodeShare(4, 0)]) == [1, 0]
+    small, large = RoleRequest("reward", cpus=1, gpus=1), RoleRequest("policy", cpus=4, gpus=1)
+    assert places(small, large, on=[NodeShare(4, 1), NodeShare(1, 1)]) == [1, 0]
+
+
+def test_what_is_packed_stays_on_a_node_that_is_used() -> None:
+    pair, single = RoleRequest("policy", gpus=2), RoleRequest("critic", gpus=1)
+    assert places(pair, single, on=[NodeShare(8, 1), NodeShare(8, 3)]) == [1, 1]
+
+
 def test_local_ranks() -> None:
     assert local_ranks(["a", "b", "a", "a", "b"]) == [(0, 3), (0, 2), (1, 3), (2, 3), (1, 2)]
 

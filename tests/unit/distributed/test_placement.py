@@ -28,6 +28,8 @@ def test_unset_cores_are_one_each_where_they_fit() -> None:
 def test_unset_cores_are_equal_fractions_where_they_do_not_fit() -> None:
     roles = [RoleRequest("policy", 2), RoleRequest("critic"), RoleRequest("generator", cpus=1)]
     assert shares(roles, LAPTOP) == {"policy": Share(0.33, 0), "critic": Share(0.33, 0), "generator": Share(1, 0)}
+    four = Capacity(cpus=4, gpus=0, free_cpus=4, free_gpus=0, nodes=[NodeShare(4, 0)])
+    assert shares([RoleRequest("policy", 3), RoleRequest("generator", 2, cpus=1)], four)["policy"] == Share(0.66, 0)
 
 
 def test_unset_gpus_are_one_each_where_there_are_any() -> None:

@@ -99,6 +99,26 @@ def test_an_engine_that_needs_gpus_where_there_are_none() -> None:
     assert "tensor_parallel: got 2, wanted 1" in found.shortage
 
 
+def test_an_engine_is_cut_by_halves() -> None:
+    """Of 8 GPUs there are 4; three would not divide its heads."""
+    zero: dict[str, Any] = {"gpus": 0}
+    stage = ppo(
+        policy={"model": "m"} | zero,
+        critic=zero,
+        reference=zero,
+        reward=[REWARD | zero],
+        generator={"tensor_parallel": 8},
+    )
+    (found,) = plan_placement(stage, parse_cluster("1x4xL4-24"), strategy="PACK")
+    assert found.changes == ("generator.tensor_parallel=4",)
+
+
+def test_nobody_wants_a_gpu_where_there_are_none() -> None:
+    (found,) = plan_placement(ppo(policy={"model": "m", "cpus": 9}), parse_cluster("1x8xCPU-64"), strategy="PACK")
+    assert found.shortage is not None
+    assert found.wanted == Share(13, 0)
+
+
 def test_scoring_of_pairs_comes_first() -> None:
     made = {
         "method": "dpo",
@@ -158,8 +178,15 @@ def test_no_node_gives_more_than_it_has(requests: list[RoleRequest], nodes: int,
         assert sum(found[each.role].get(node, 0) * shares.workers[each.role].gpus for each in requests) <= each + 1e-6
 
 
-@pytest.mark.parametrize("asked", [["ppo.reward.0.workers=9"], ["ppo.generator.workers=6", "ppo.reference.workers=5"]])
-def test_what_is_proposed_fits_as_an_override(asked: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("asked", "proposed"),
+    [
+        (["ppo.reward.0.workers=9"], "reward.0.workers=4"),
+        # No change of one is enough: half of both, and what has one worker is not named.
+        (["ppo.generator.workers=6", "ppo.reference.workers=5"], "reference.workers=2 generator.workers=3"),
+    ],
+)
+def test_what_is_proposed_fits_as_an_override(asked: list[str], proposed: str) -> None:
     def planned(overrides: list[str]) -> StagePlacement:
         gpus = [f"ppo.{role}.gpus=1" for role in ("policy", "critic", "reference", "reward.0", "generator")]
         config = load_pipeline("pipelines/quickstart.yaml", gpus + overrides)
@@ -168,6 +195,7 @@ def test_what_is_proposed_fits_as_an_override(asked: list[str]) -> None:
     found = planned(asked)
     assert found.shortage is not None
     change, nodes = found.changes
+    assert change == proposed
     assert planned([*asked, *(f"ppo.{part}" for part in change.split())]).shortage is None
     assert nodes == "2 such nodes instead of 1"
 
@@ -187,6 +215,8 @@ def test_roles_that_share_bundles_are_planned_together() -> None:
     assert (roles["reference"].shares_with, roles["reference"].room) == ("policy", Share(3, 1))
     assert roles["reference"].share == roles["policy"].share == Share(1, 0.33)
     assert roles["reference"].nodes == {0: 2}
+    # The first bundle has all three roles, the last one two.
+    assert roles["policy"].room == Share(3, 1)
     assert (roles["policy"].shares_with, roles["generator"].shares_with) == (None, None)
 
 

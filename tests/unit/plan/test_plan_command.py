@@ -158,6 +158,13 @@ def test_a_layout_is_printed_as_plain_settings(capsys: pytest.CaptureFixture[str
     assert max(map(len, out.splitlines())) <= 120
 
 
+def test_labels_of_nodes_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = "ppo.generator.node_labels={pool: large, market: '!spot'}"
+    _, out, _ = run(capsys, PIPELINE, labels, "--cluster", "1x8xH100-80")
+    assert out.count("where") == 1
+    assert "where pool=large, market=!spot" in " ".join(out.replace("│", " ").split())
+
+
 def test_sharers_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     shared = ["ppo.generator.colocate_with=policy", "ppo.critic.colocate_with=policy"]
     _, out, _ = run(capsys, PIPELINE, *shared, "--cluster", "1x8xH100-10")

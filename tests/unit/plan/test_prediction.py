@@ -70,7 +70,7 @@ def test_a_stage_without_an_iteration_has_nothing_to_compare() -> None:
 def test_a_running_cluster_of_uneven_nodes(tmp_path: Path) -> None:
     nodes = [
         Node("10.0.0.1", Share(8, 0), Share(8, 0), 30.0, ""),
-        Node("10.0.0.2", Share(64, 8), Share(60, 5), 400.0, "H100", None, {"pool": "large"}),
+        Node("10.0.0.2", Share(64, 8), Share(60, 5), 400.0, "H100", labels={"pool": "large"}),
     ]
     found = running_cluster(nodes, "two nodes")
     assert (found.nodes, found.total_cpus, found.total_gpus, found.gpu_gib, found.host_gib) == (2, 72, 8, 80, 30)

@@ -7,12 +7,13 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from rlhf_ray.cli import main
-from rlhf_ray.config.load import load_pipeline
+from rlhf_ray.config.load import dump_pipeline, load_pipeline
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.distributed.bundles import Capacity, NodeShare, assign, fit, reservations
 from rlhf_ray.errors import ConfigError
@@ -84,6 +85,13 @@ def test_cores_of_all_roles_on_a_node() -> None:
     assert nodes_for(config, "1x5xH100-80") == Nodes(1, 5, 59, 320)
 
 
+def test_cores_of_the_fullest_node_at_any_time(tmp_path: Path) -> None:
+    """Two of three workers are on the first node; and an earlier stage may want more than the last one."""
+    assert nodes_for(pipeline(tmp_path, workers=3, cpus="20"), "2x2xH100-80") == Nodes(2, 2, 40, 128)
+    config = load_pipeline(REPOSITORY / "pipelines/quickstart.yaml", ["sft.policy.cpus=70"])
+    assert nodes_for(config, "1x5xH100-80") == Nodes(1, 5, 70, 320)
+
+
 def test_whole_nodes_for_workers_that_must_be_apart(tmp_path: Path) -> None:
     assert nodes_for(pipeline(tmp_path, workers=3, strategy="STRICT_SPREAD"), None) == Nodes(3, 1, 8, 64)
 
@@ -124,6 +132,32 @@ def test_roles_that_share_their_bundles_share_their_nodes() -> None:
     assert set(groups) == {"policy", "critic", "generator", "reward-sentiment"}
     apart = groups_of("ppo.critic.strategy=STRICT_PACK", "ppo.critic.workers=2")
     assert apart["critic"] == (("critic",), Nodes(1, 2, 16, 128))
+
+
+def test_roles_that_share_at_any_time_share_their_nodes(tmp_path: Path) -> None:
+    """Policy and reference are apart in one stage, share in the next one, where the policy has a worker more."""
+    file = tmp_path / "p.yaml"
+    dpo = "method: dpo, policy: {model: hub/name, workers: 2}, data: {train: hub/data}"
+    file.write_text(
+        f"run_dir: runs/a\nstages:\n  - {{name: one, {dpo}}}\n"
+        f"  - {{name: two, {dpo}, reference: {{colocate_with: policy}}}}\n"
+    )
+    (group,) = node_groups(load_pipeline(file), "1x8xH100-80")
+    assert (group.roles, group.labels) == ((), {})
+    config = load_pipeline(QUICKSTART, ["ppo.policy.workers=3", "ppo.reference.colocate_with=policy"])
+    assert {group.name: group.roles for group in node_groups(config, None)}["policy"] == ("policy", "reference")
+    apart = load_pipeline(QUICKSTART).model_copy(update={"stages": (*load_pipeline(file).stages, *config.stages)})
+    assert [group.roles for group in node_groups(apart, None)][:2] == [("policy", "reference"), ("critic",)]
+
+
+def test_guests_go_where_their_host_goes(tmp_path: Path) -> None:
+    """Labels of their own would have no effect, and be refused where the job loads the pipeline."""
+    config = load_pipeline(QUICKSTART, ["placement.layout=shared_scorers"])
+    placed = on_groups(config, node_groups(config, None))
+    ppo: Any = placed.stages[-1]
+    assert (ppo.critic.node_labels, ppo.reference.node_labels) == ({"rlhf-ray/role": "critic"}, {})
+    (tmp_path / "p.yaml").write_text(dump_pipeline(placed))
+    assert load_pipeline(tmp_path / "p.yaml", pipeline_dir=QUICKSTART.parent) == placed
 
 
 def test_one_group_for_all_roles() -> None:
@@ -191,8 +225,9 @@ def test_a_worker_that_no_node_can_hold() -> None:
 def test_the_manifest_has_the_groups_and_the_pipeline_their_labels(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    on_cpu = [f"{stage}.policy.gpus=0" for stage in ("sft", "reward_model", "ppo")]
     with pytest.raises(SystemExit):
-        main(["submit", str(QUICKSTART), "--kuberay"])
+        main(["submit", str(QUICKSTART), "--kuberay", *on_cpu])
     said = capsys.readouterr()
     job = yaml.safe_load(said.out)["spec"]
     assert "workers of generator: 1 node of 1 GPU, 8 CPU cores and 64 GiB\n" in said.err
@@ -202,6 +237,9 @@ def test_the_manifest_has_the_groups_and_the_pipeline_their_labels(
     (container,) = groups["reward-sentiment"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"cpu": "1", "memory": "8Gi"}
     (head,) = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    # Some of the groups have GPUs, neither the first nor all of them.
+    assert "nvidia.com/gpu" not in str(groups["policy"]) + str(groups["reward-sentiment"])
+    assert head["image"] == container["image"] == "registry.example.org/rlhf-ray:0.1.0-gpu"
     monkeypatch.setenv(PACKED, {each["name"]: each for each in head["env"]}[PACKED]["value"])
     unpack_into(tmp_path / "there")
     ppo = yaml.safe_load((tmp_path / "there" / "pipeline.yaml").read_text())["stages"][-1]
@@ -299,6 +337,8 @@ def test_a_manifest_starts_the_run_where_it_is_applied(
     (head,) = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
     variables = {each["name"]: each for each in head["env"]}
     assert variables["MY_KEY"]["valueFrom"]["secretKeyRef"]["key"] == "my_key"
+    (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
+    assert variables["MY_KEY"] in group["template"]["spec"]["containers"][0]["env"]
     monkeypatch.setenv(PACKED, variables[PACKED]["value"])
     monkeypatch.setenv("MY_KEY", "sesame")
     volume = project / "volume"

@@ -249,6 +249,7 @@ def test_flatten():
         ({"generator": {"workers": 4}}, True),
         ({"policy": {"model": "m", "gpus": 0.5}}, True),
         ({"policy": {"model": "m", "micro_batch_tokens": 99}}, True),
+        ({"policy": {"model": "m", "node_labels": {"pool": "large", "example.org/zone": "!a"}}}, True),
         ({"checkpoints": {"every": 3}}, True),
         ({"reward": [{"kind": "function", "function": "a:b", "workers": 3}]}, True),
         ({"policy": {"model": "m", "workers": 2}}, False),

@@ -20,6 +20,7 @@ from rlhf_ray.trainers.metric_rows import read_metrics
 from rlhf_ray.trainers.ppo import (
     PpoGroups,
     Summary,
+    describe,
     evaluate,
     gather_judgements,
     judge,
@@ -409,8 +410,8 @@ class Stage:
         self.events: Events = []
         self.policy = FakeLearner(self.events)
 
-    def session(self, *, held_out: bool = True, fails_at: int | None = None) -> Events:
-        """Runs to the end, or to the failure; what happened."""
+    def session(self, *, held_out: bool = True, fails_at: int | None = None, scales: bool = False) -> Events:
+        """Runs to the end, or to the failure; what happened, with the loop's calls that let generators come and go."""
         self.events, recorder = [], Recorder()
         self.policy = FakeLearner(self.events, fails_at=fails_at)
         critic = FakeLearner(self.events, "critic")
@@ -422,18 +423,41 @@ class Stage:
             else FixedKlController(settings.coefficient)
         )
         fakes: Any = FakePrompts(), FakePrompts() if held_out else None
-        samples = SampleStream(self.config, groups.generator, fakes[0])
+        samples = (NotedSamples if scales else SampleStream)(self.config, groups.generator, fakes[0])
         sync: Any = FakeSync(self.events, groups.generator.worker)  # type: ignore[attr-defined]
         resume = self.run_dir.exists()
         with RunFolder.open(self.run_dir) if resume else RunFolder.create(self.run_dir, {"config.yaml": ""}) as folder:
             with stage_run(folder, self.config, total=self.config.iterations, recorder=recorder) as run:
                 run.start_or_resume(FakeParts(self.policy, kl, samples))
-                scaling = no_wishes(run, groups.generator)
+                scaling: Any = NotedScaling(self.events, groups) if scales else no_wishes(run, groups.generator)
                 train_ppo(self.config, groups, samples, fakes[1], sync, GpuTurns(), kl, scaling, run)
         return self.events
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.run_dir)
+
+
+class NotedSamples(SampleStream):
+    """Notes when it is waited for."""
+
+    def wait(self) -> None:
+        self._generator.worker.events.append(("wait",))  # type: ignore[attr-defined]
+        super().wait()
+
+
+class NotedScaling:
+    """Notes its turns; from each on there is a generator more."""
+
+    def __init__(self, events: Events, groups: PpoGroups) -> None:
+        self.events = events
+        self.group: Any = groups.generator
+
+    def begin(self, iteration: int) -> None:
+        self.events.append(("begin", iteration))
+
+    def settle(self, samples: SampleStream, weights: Any) -> None:
+        self.events.append(("settle",))
+        self.group.size += 1
 
 
 # What the networks are asked in every iteration.
@@ -481,12 +505,30 @@ def test_the_order_of_events(tmp_path: Path) -> None:
     kept = read_rollouts(folder / "rollouts/iteration_000002.parquet")
     assert kept.rollouts.prompt_ids.tolist() == [2, 3]
     assert kept.scores.tolist() == [100.0, 101.0]
+    assert kept.parts["function"].tolist() == [100.0, 101.0]
     assert kept.kl.tolist() == pytest.approx([0.5, 0.5])
     assert read_rollouts(folder / "evaluation/iteration_000002.parquet").scores.tolist() == [200.0, 201.0, 202.0]
     assert sorted(path.name for path in (folder / "evaluation").iterdir()) == [
         "iteration_000000.parquet",
         "iteration_000002.parquet",
     ]
+
+
+def test_generators_come_and_go_when_nothing_is_sampled(tmp_path: Path) -> None:
+    """After the wait for what was asked of them, and before the sync, whose weights newcomers serve with."""
+    stage = Stage(tmp_path, iterations=1)
+    events = stage.session(held_out=False, scales=True)
+    sampled, *rest, synced = iteration_events(1, [0, 1])
+    assert events == [("sync", 0), ("begin", 1), sampled, *rest, ("wait",), ("settle",), synced]
+    # The number is of those that sampled.
+    assert [row["generator/workers"] for row in stage.metrics()] == [1]
+
+
+def test_the_lag_is_that_of_the_oldest_sample() -> None:
+    rollouts = Rollouts.concat([make_rollouts([2], version=2), make_rollouts([1, 1], version=0)])
+    zeros = torch.zeros(rollouts.sequences.tokens.shape)
+    experience = Experience(rollouts.sequences, *[zeros] * 6)
+    assert describe(rollouts, torch.zeros(3), {}, experience, version=3)["generator/policy_version_lag"] == 3
 
 
 def test_evaluations_fall_due(tmp_path: Path) -> None:

@@ -500,9 +500,26 @@ def test_samples_are_written_meanwhile_and_there_when_the_iteration_ends(
 
 
 def test_samples_that_cannot_be_written_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def write(path: Path, *args: object, **kwargs: object) -> None:
+        if path.parent.name == "rollouts":
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("rlhf_ray.trainers.run.write_rollouts", write)
     with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder, pytest.raises(OSError, match="No space"):
         train(folder, settings(), Counter())
+    assert [row["iteration"] for row in learnt(tmp_path / "run")] == [0]
+
+
+def test_a_disk_that_does_not_answer_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+
+    def write(path: Path, *args: object, **kwargs: object) -> None:
+        assert path.parent.name != "rollouts" or answers.wait(timeout=60)
+
+    monkeypatch.setattr("rlhf_ray.trainers.run.write_rollouts", write)
+    monkeypatch.setattr("rlhf_ray.trainers.run._WRITE_TIMEOUT_S", 0.05)
+    message = r"rollouts/iteration_000001\.parquet: not written within 0\.05 s; is its disk still there"
+    with RunFolder.create(tmp_path / "run", {"config.yaml": ""}) as folder:
+        with pytest.raises(CheckpointError, match=message):
+            train(folder, settings(), Counter())
+        answers.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.config import schema
-from rlhf_ray.data.batches import Rollouts
+from rlhf_ray.data.batches import Prompts, Rollouts
 from rlhf_ray.data.seeds import derive_seed
-from rlhf_ray.distributed.groups import Ready, cut, merge, shares
+from rlhf_ray.distributed.groups import Pending, cut, merge, shares
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.engines.generation import Sample
 from rlhf_ray.trainers.sampling import SampleStream
@@ -54,12 +55,29 @@ def made(seed: int, versions: list[int]) -> Sample:
     return Sample([1 + seed % 7] * len(versions), [-1.0] * len(versions), True, str(seed), versions)
 
 
+class Later(Pending[Any]):
+    """An answer that is made when it is waited for, after those to all earlier questions."""
+
+    def __init__(self, queue: list[Later], answer: Callable[[], Any]) -> None:
+        queue.append(self)
+        self.queue = queue
+        self.answer = answer
+        self.answers: list[Any] = []
+
+    def result(self) -> Any:
+        while not self.answers:
+            first = self.queue.pop(0)
+            first.answers.append(first.answer())
+        return self.answers[0]
+
+
 class Crowd:
     """Generators in this process with their own bookkeeping, on invented engines; their number changes."""
 
     role = "generator"
 
     def __init__(self, size: int) -> None:
+        self.asked: list[Later] = []
         self.workers: list[Any] = []
         self.started: list[tuple[int, int]] = []
         self.grow(size)
@@ -79,19 +97,25 @@ class Crowd:
             self.workers.append(worker)
 
     def shrink(self, size: int) -> None:
+        assert not self.asked, "they are still sampling"
         del self.workers[size:]
 
     def split(self, method: Callable[..., Any], batch: Any, /, *args: Any, **kwargs: Any) -> Any:
         parts = [rows for rows in shares(len(batch), self.size) if rows]
-        calls = zip(self.workers, parts, strict=False)
-        return Ready(
-            merge([getattr(worker, method.__name__)(cut(batch, own), *args, **kwargs) for worker, own in calls])
+        calls = list(zip(self.workers, parts, strict=False))
+        return Later(
+            self.asked,
+            lambda: merge(
+                [getattr(worker, method.__name__)(cut(batch, own), *args, **kwargs) for worker, own in calls]
+            ),
         )
 
     def one(self, rank: int, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return Ready(getattr(self.workers[rank], method.__name__)(*args, **kwargs))
+        worker = self.workers[rank]
+        return Later(self.asked, lambda: getattr(worker, method.__name__)(*args, **kwargs))
 
     def take_weights(self, version: int, *, abandon: bool) -> None:
+        assert not self.asked, "they are still sampling"
         for worker in self.workers:
             worker.engine.version = version
             if abandon:
@@ -195,8 +219,52 @@ def test_what_was_taken_over_is_handed_on(interrupted: str) -> None:
     assert not crowd.workers[0]._started
 
 
-def test_a_row_that_comes_twice_is_noticed() -> None:
-    config = stage_of(chunk_samples=1)
+def test_one_chunk_of_each_is_one_piece() -> None:
+    (piece,) = SampleStream(stage_of(), Crowd(3), PROMPTS).pieces(1)  # type: ignore[arg-type]
+    assert piece.rows.tolist() == list(range(14))
+    assert piece.rollouts.prompt_ids.tolist() == [row // 2 for row in range(14)]
+
+
+def test_only_the_last_batch_ahead_is_left_unfinished() -> None:
+    """Of the batches under way, a sync finds the newest one alone, and only a part of that is asked for."""
+    crowd = Crowd(2)
+    stream = SampleStream(stage_of(staleness=2, interrupted="keep"), crowd, PROMPTS)  # type: ignore[arg-type]
+    for iteration, newest in ((1, 3), (2, 4), (3, 4)):
+        assert sum(len(piece.rows) for piece in stream.pieces(iteration)) == 14
+        stream.wait()
+        assert {number for worker in crowd.workers for number, _ in worker._started} == {newest}
+
+
+@pytest.mark.parametrize(("interrupted", "told"), [("wait", "refuse"), ("keep", "keep"), ("abandon", "abandon")])
+def test_what_a_sync_does_with_unfinished_responses(interrupted: str, told: str) -> None:
+    config = stage_of(staleness=1, interrupted=interrupted)
+    assert SampleStream(config, Crowd(1), PROMPTS).interrupted == told  # type: ignore[arg-type]
+
+
+class Answered(FakePrompts):
+    """Each prompt with an answer that JSON would change."""
+
+    def batch(self, iteration: int, count: int) -> Prompts:
+        prompts = super().batch(iteration, count)
+        return replace(prompts, answers=[(number, {1: "one"}) for number in prompts.ids])
+
+
+def test_answers_of_samples_that_were_saved(tmp_path: Path) -> None:
+    config, prompts = stage_of(staleness=1), Answered()
+    stream = SampleStream(config, Crowd(2), prompts)  # type: ignore[arg-type]
+    list(stream.pieces(1))
+    stream.save(tmp_path)
+    resumed = SampleStream(config, Crowd(2), prompts)  # type: ignore[arg-type]
+    resumed.load(tmp_path)
+    (mine,), (whole,) = resumed.pieces(2), stream.pieces(2)
+    assert mine.rollouts.answers == whole.rollouts.answers
+    assert mine.rollouts.answers == [(7 + row // 2, {1: "one"}) for row in range(14)]
+    assert mine.rollouts.responses == whole.rollouts.responses
+
+
+@pytest.mark.parametrize("changes", [{"chunk_samples": 1}, {"staleness": 1}])
+def test_a_row_that_comes_twice_is_noticed(changes: dict[str, int]) -> None:
+    config = stage_of(**changes)
     crowd = Crowd(2)
     stream = SampleStream(config, crowd, PROMPTS)  # type: ignore[arg-type]
     original = crowd.workers[1].next_finished

@@ -58,7 +58,8 @@ def read_measured(run_dir: Path, config: schema.Pipeline, cluster: ClusterShape)
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(f"--measured: {run_dir} holds no run (there is no {CONFIG_FILE})")
     earlier = load_pipeline(run_dir / CONFIG_FILE, pipeline_dir=read_origin(run_dir)[0])
-    cluster = written_cluster(run_dir) or cluster
+    # What is free at a run's end, with its engines kept, is not what it was placed on.
+    cluster = (written_cluster(run_dir) or cluster).emptied()
     lengths, factors = {}, {}
     for stage in config.stages:
         alike = [each for each in earlier.stages if each.method == stage.method]

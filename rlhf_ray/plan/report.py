@@ -222,11 +222,9 @@ def plan_tables(plan: Plan, *, scaling: bool) -> RenderableType:
     if any(each.time is not None for each in plan.time):
         parts += [_heading(f"\nTime of an iteration on {plan.cluster.text}"), time_table(plan.time, plan.price)]
         parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
-        parts += [
-            part
-            for stage, table in (scaling_tables(plan.time) if scaling else [])
-            for part in (_heading(f"\n{stage} on more GPUs, the batch unchanged"), table)
-        ]
+        for stage, table, ended in scaling_tables(plan.time) if scaling else ():
+            parts += [_heading(f"\n{stage} on more GPUs, the batch unchanged"), table]
+            parts += [Text(ended)] if ended else []
     elif plan.named:
         parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
     return Group(*parts)

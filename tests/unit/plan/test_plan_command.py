@@ -79,6 +79,7 @@ def test_time_cost_and_scaling(capsys: pytest.CaptureFixture[str]) -> None:
         "GPU-hours",
         "ppo on more GPUs",
         "generation tail: the longest",
+        "sft: no more: the batch is too small for 64 policy workers, 32 rows at a time; raise batch_size.",
     ):
         assert words in out
     _, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80", "--gpu-hour-price", "1000", "--json")

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import CONFIG_FILE, run_files
+from rlhf_ray.config.rules import check_rules
 from rlhf_ray.distributed.bundles import Share
 from rlhf_ray.distributed.nodes import Node
 from rlhf_ray.errors import ConfigError
@@ -24,7 +25,7 @@ from rlhf_ray.plan.measured import read_measured
 from rlhf_ray.plan.memory import plan_memory
 from rlhf_ray.plan.networks import Network
 from rlhf_ray.plan.placement import plan_placement
-from rlhf_ray.plan.scaling import scaling
+from rlhf_ray.plan.scaling import scaled, scaling, too_many_learners
 from rlhf_ray.plan.time import Hardware, StageTime, stage_time
 from rlhf_ray.trainers.metric_rows import PLAN_FILE
 
@@ -167,12 +168,39 @@ def test_more_gpus_help_until_something_is_waited_for() -> None:
     hardware = replace(HARDWARE, gpu=GPUS["H100"], gpus_per_node=8)
     long = Lengths(prompt=10, response=500, longest=1000)
     found = scaling(lambda s: timed(s, gpu=True, lengths=long, hardware=hardware), stage, roles, most=4096)
-    assert [scale.gpus for scale in found] == [5 * 2**n for n in range(10)]
+    # 64 samples are too few for 128 policy workers.
+    assert [scale.gpus for scale in found] == [5 * 2**n for n in range(7)]
     assert found[0].efficiency == 1
     assert found[1].limit == "generation tail: the longest response"
     assert found[-1].efficiency < 0.5
     # 64 prompts for 512 generators.
     assert timed(ppo(generator={"workers": 512}), gpu=True).tasks[0].rows == 64
+
+
+@pytest.mark.parametrize(
+    ("made", "most", "advice"),
+    [
+        (ppo(mini_batches=3, policy={"model": "m", "workers": 2}, critic={"workers": 3}), 7, "or lower mini_batches"),
+        (ppo(prompts_per_iteration=4, sampling={"samples_per_prompt": 2}), 8, "raise prompts_per_iteration"),
+        (ppo(policy={"model": "m", "workers": 5}, critic={"kind": "value_head"}), 12, "raise prompts_per_iteration"),
+        (sft(workers=3), 10, "raise batch_size"),
+    ],
+)
+def test_no_more_workers_than_a_pipeline_may_have(made: Any, most: int, advice: str) -> None:
+    roles = ["policy", "reference", "reward/model", "generator"] if made.method == "ppo" else ["policy"]
+    if made.method == "ppo" and made.critic_role.kind == "network":
+        roles.insert(1, "critic")
+    accepted = []
+    for factor in range(1, 2 * most):
+        written = scaled(made, factor, roles).model_dump()
+        problems = check_rules(schema.Pipeline(run_dir="r", stages=[written]), pipeline_dir=Path())
+        few = any("wanted at least one for each" in problem.text for problem in problems)
+        why = too_many_learners(made, factor, roles)
+        assert bool(why) == few
+        assert not few or advice in why
+        if not few:
+            accepted.append(factor)
+    assert accepted == list(range(1, most + 1))
 
 
 def test_what_limits_is_named() -> None:

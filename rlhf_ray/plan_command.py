@@ -56,7 +56,10 @@ def plan_command(
     scaling: Annotated[bool, typer.Option("--scaling", help="Show the time on up to 4096 GPUs.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Print batches, placement, memory and time of a pipeline; starts no Ray and loads no model."""
+    """Print batches, placement, memory and time of a pipeline; starts no Ray and loads no model.
+
+    Exit code 1: it does not fit the cluster that is named by --cluster, --here or --address.
+    """
     with exit_codes():
         given = [name for name, value in (("--here", here), ("--cluster", cluster), ("--address", address)) if value]
         if len(given) > 1:
@@ -66,6 +69,7 @@ def plan_command(
         from rlhf_ray.plan.measured import NOTHING, read_measured
         from rlhf_ray.plan.report import (
             as_json,
+            check_options,
             make_plan,
             make_suggestions,
             plan_tables,
@@ -82,6 +86,7 @@ def plan_command(
             lines = suggestion_lines(suggestions, chosen, shape)
             config = load_pipeline(pipeline, [*(overrides or ()), *chosen])
         plan = make_plan(config, shape, named=bool(given), measured=figures, price=gpu_hour_price)
+        check_options(plan, scaling=scaling)
         if json_output:
             import json
 
@@ -91,6 +96,8 @@ def plan_command(
             if lines:
                 show("\n".join([*lines, ""]))
             show(plan_tables(plan, scaling=scaling))
+        if given and not plan.fits:
+            raise SystemExit(1)
 
 
 def _cluster(*, here: bool, cluster: str | None, address: str | None) -> ClusterShape:

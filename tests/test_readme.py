@@ -112,6 +112,9 @@ def test_a_command_works(
         monkeypatch.setattr("rlhf_ray.distributed.jobs.connect", nobody)
         assert exit_code(*arguments) == 2
         assert capsys.readouterr().err == "nobody at http://head:8265\n"
+    elif arguments[0] == "plan" and "dpo.policy.workers=9" in arguments:
+        assert exit_code(*arguments) == 1
+        assert "dpo does NOT fit" in capsys.readouterr().out
     elif arguments[0] == "bench":
         # tests/integration/test_bench.py measures for real.
         held = Outcome("learn", figures=(Figure("learn/tokens", 1.0, "s"),))

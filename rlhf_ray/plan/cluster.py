@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rlhf_ray.distributed.bundles import NodeShare
+from rlhf_ray.distributed.bundles import Capacity, NodeShare, Share
 from rlhf_ray.distributed.nodes import Node, capacity
-from rlhf_ray.distributed.placement import Capacity, Share
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan.hardware import CORE, Device, find_gpu, measure_core
 
@@ -65,6 +64,10 @@ class ClusterShape:
         if self.running:
             return [NodeShare(node.free.cpus, node.free.gpus, node.labels) for node in self.running]
         return [NodeShare(self.cpus, self.gpus)] * self.nodes
+
+    def emptied(self) -> ClusterShape:
+        """The cluster with all that it has free."""
+        return replace(self, running=tuple(replace(node, free=node.has) for node in self.running))
 
     def capacity(self) -> Capacity:
         """All of it, and what is free of it."""

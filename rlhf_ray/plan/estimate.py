@@ -14,7 +14,7 @@ from rlhf_ray.plan.cluster import PLENTY, ClusterShape
 from rlhf_ray.plan.data import Lengths
 from rlhf_ray.plan.memory import StageMemory
 from rlhf_ray.plan.placement import StagePlacement
-from rlhf_ray.plan.scaling import MOST_GPUS, Scale, scaling
+from rlhf_ray.plan.scaling import MOST_GPUS, Scale, scaling, too_many_learners
 from rlhf_ray.plan.time import Factors, Hardware, StageTime, stage_time
 
 HALF = 0.5
@@ -31,12 +31,14 @@ class StageEstimate:
         stage: its name.
         time: None where nothing is known of the hardware.
         scales: the same on more GPUs; empty without a GPU.
+        stops: why there are no more of them; empty where there are enough.
         lacks: why there is no time.
     """
 
     stage: str
     time: StageTime | None
     scales: tuple[Scale, ...]
+    stops: str
     lacks: str
 
     @property
@@ -94,11 +96,14 @@ def estimate_stage(
     """The time of a stage and how it scales, up to so many GPUs."""
     on_gpu = any(role.share.gpus for role in placement.roles)
     if on_gpu and cluster.gpu is None:
-        return StageEstimate(stage.name, None, (), "there are no figures of its GPUs")
+        return StageEstimate(stage.name, None, (), "", "there are no figures of its GPUs")
     estimate = estimator(config, numbers, placement, memory, cluster, lengths, factors)
     roles = [role.role for role in placement.roles]
     scales = scaling(estimate, stage, roles, most=most_gpus) if on_gpu else []
-    return StageEstimate(stage.name, estimate(stage), tuple(scales), "")
+    stops = ""
+    if scales and 0 < 2 * scales[-1].gpus <= most_gpus:
+        stops = too_many_learners(stage, 2 * scales[-1].factor, roles)
+    return StageEstimate(stage.name, estimate(stage), tuple(scales), stops, "")
 
 
 # -------------------------------------------------------------------------------------- tables
@@ -141,8 +146,8 @@ def _amount(value: float) -> str:
     return "<0.01" if 0 < value < 0.005 else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
-def scaling_tables(estimates: Sequence[StageEstimate]) -> list[tuple[str, Table]]:
-    """One table for each stage that scales, under its name."""
+def scaling_tables(estimates: Sequence[StageEstimate]) -> list[tuple[str, Table, str]]:
+    """Of each stage that scales its name, a table, and in words why it ends where it does; empty where it need not."""
     tables = []
     for each in estimates:
         if not each.scales:
@@ -154,7 +159,7 @@ def scaling_tables(estimates: Sequence[StageEstimate]) -> list[tuple[str, Table]
         for scale in each.scales:
             cells = (f"{scale.factor}x", f"{scale.gpus:,}", seconds(scale.iteration_s), f"{scale.efficiency:.0%}")
             table.add_row(*cells, scale.limit)
-        tables.append((each.stage, table))
+        tables.append((each.stage, table, f"{each.stage}: no more: {each.stops}." if each.stops else ""))
     return tables
 
 

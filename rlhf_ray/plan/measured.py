@@ -53,12 +53,14 @@ def read_measured(run_dir: Path, config: schema.Pipeline, cluster: ClusterShape)
         cluster: what the run ran on where its folder does not say.
 
     Raises:
-        ConfigError: there is no run in the folder, or it has no stage like any of the pipeline's.
+        ConfigError: there is no run in the folder, it is of another version, or it has no stage like any of the
+            pipeline's.
     """
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(f"--measured: {run_dir} holds no run (there is no {CONFIG_FILE})")
     earlier = load_pipeline(run_dir / CONFIG_FILE, pipeline_dir=read_origin(run_dir)[0])
-    cluster = written_cluster(run_dir) or cluster
+    # What is free at a run's end, with its engines kept, is not what it was placed on.
+    cluster = (written_cluster(run_dir) or cluster).emptied()
     lengths, factors = {}, {}
     for stage in config.stages:
         alike = [each for each in earlier.stages if each.method == stage.method]
@@ -149,6 +151,24 @@ def _factor(task: Task, rows: Sequence[Row]) -> float | None:
 
 
 def written_cluster(run_dir: Path) -> ClusterShape | None:
-    """The cluster that a run's folder names; None where it names none."""
+    """The cluster that a run's folder names; None where it names none.
+
+    Raises:
+        ConfigError: its plan.json is damaged, or of another version.
+    """
     path = run_dir / PLAN_FILE
-    return cluster_of(json.loads(path.read_text(encoding="utf-8"))["cluster"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(written, dict) or "cluster" not in written:
+            raise _unread(path, "it has no cluster")
+        return cluster_of(written["cluster"])
+    except ValueError as error:
+        raise _unread(path, f"it is no JSON ({error})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unread(path, f"its cluster is described otherwise ({type(error).__name__}: {error})") from None
+
+
+def _unread(path: Path, why: str) -> ConfigError:
+    return ConfigError(f"--measured: {path}: {why}; wanted the folder of a run of this version of rlhf_ray")

@@ -85,7 +85,7 @@ def predict(config: schema.Pipeline, stage: schema.Stage, rows: int | None, clus
         rows: of its data; None where an earlier stage writes them.
         cluster: what it runs on, of which all is taken to be free.
     """
-    cluster = replace(cluster, running=tuple(replace(node, free=node.has) for node in cluster.running))
+    cluster = cluster.emptied()
     numbers = arithmetic(stage, rows, gpus=cluster.total_gpus)
     placement = plan_placement(stage, cluster, strategy=config.placement.strategy)[-1]
     memory = plan_memory(config, stage, placement, numbers, cluster)

@@ -107,6 +107,18 @@ def make_plan(
     )
 
 
+def check_options(plan: Plan, *, scaling: bool) -> None:
+    """Refuses options of which the plan shows nothing.
+
+    Raises:
+        ConfigError: more GPUs or a price are asked for, and nothing is known of GPUs, or no stage is on one.
+    """
+    asked = [name for name, on in (("--scaling", scaling), ("--gpu-hour-price", plan.price is not None)) if on]
+    if asked and not any(each.time is not None and each.time.gpus for each in plan.time):
+        why = refusal(plan.cluster) or f"no stage is on a GPU of {plan.cluster.text}"
+        raise ConfigError(f"{asked[0]}: {why}")
+
+
 def _layout(config: schema.Pipeline) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for (_, index, *key), value in layout_settings(config).items():
@@ -151,10 +163,10 @@ def suggested_overrides(suggestions: Sequence[Suggestion], *, named: bool) -> li
 
 def suggestion_lines(suggestions: Sequence[Suggestion], overrides: Sequence[str], cluster: ClusterShape) -> list[str]:
     """What is suggested, in words and as overrides to be put behind the pipeline's file."""
-    lines = [
-        f"Suggested for {cluster.text}, the fastest that fits by the estimate:",
-        *(f"  {each}" for each in overrides),
-    ]
+    lines = []
+    if overrides:
+        lines.append(f"Suggested for {cluster.text}, the fastest that fits by the estimate:")
+        lines += [f"  {each}" for each in overrides]
     for each in suggestions:
         if each.reason:
             lines.append(f"{each.stage}: nothing fits: {each.reason}.")
@@ -210,11 +222,9 @@ def plan_tables(plan: Plan, *, scaling: bool) -> RenderableType:
     if any(each.time is not None for each in plan.time):
         parts += [_heading(f"\nTime of an iteration on {plan.cluster.text}"), time_table(plan.time, plan.price)]
         parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
-        parts += [
-            part
-            for stage, table in (scaling_tables(plan.time) if scaling else [])
-            for part in (_heading(f"\n{stage} on more GPUs, the batch unchanged"), table)
-        ]
+        for stage, table, ended in scaling_tables(plan.time) if scaling else ():
+            parts += [_heading(f"\n{stage} on more GPUs, the batch unchanged"), table]
+            parts += [Text(ended)] if ended else []
     elif plan.named:
         parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
     return Group(*parts)

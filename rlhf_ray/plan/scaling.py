@@ -50,16 +50,40 @@ class Scale:
 def scaling(
     estimate: Callable[[schema.Stage], StageTime], stage: schema.Stage, roles: Sequence[str], *, most: int
 ) -> list[Scale]:
-    """The stage with 1, 2, 4, ... times its workers, the batch unchanged, as long as it has at most `most` GPUs."""
+    """The stage with 1, 2, 4, ... times its workers, the batch unchanged, as long as it has at most `most` GPUs.
+
+    It ends where the batch is too small, as `too_many_learners` says.
+    """
     base = estimate(stage)
     found = [Scale(1, base.gpus, base.iteration_s, 1.0, "")]
     factor = 2
-    while base.gpus and base.gpus * factor <= most:
+    while base.gpus and base.gpus * factor <= most and not too_many_learners(stage, factor, roles):
         time = estimate(scaled(stage, factor, roles))
         efficiency = base.iteration_s / (factor * time.iteration_s)
         found.append(Scale(factor, time.gpus, time.iteration_s, efficiency, _limit(base, time, factor)))
         factor *= 2
     return found
+
+
+def too_many_learners(stage: schema.Stage, factor: int, roles: Sequence[str]) -> str:
+    """In words, why no pipeline may have so many times the workers: some would have no row; empty where it may."""
+    learners = {role: factor * role_settings(stage, role).workers for role in ("policy", "critic") if role in roles}
+    if isinstance(stage, schema.Collect) or not learners:
+        return ""
+    rows, larger = _least_rows(stage)
+    role, workers = max(learners.items(), key=lambda each: each[1])
+    if workers <= rows:
+        return ""
+    return f"the batch is too small for {workers:,} {role} workers, {rows:,} rows at a time; {larger}"
+
+
+def _least_rows(stage: schema.Ppo | schema.Sft | schema.RewardModel | schema.Dpo) -> tuple[int, str]:
+    """Rows of the smallest mini-batch of a stage, of which every worker needs one, and how there can be more."""
+    if isinstance(stage, schema.Ppo):
+        samples = stage.prompts_per_iteration * stage.sampling.samples_per_prompt
+        fewer = " or lower mini_batches" if stage.mini_batches > 1 else ""
+        return samples // stage.mini_batches, f"raise prompts_per_iteration{fewer}"
+    return stage.batch_size, "raise batch_size"
 
 
 def _limit(base: StageTime, time: StageTime, factor: int) -> str:

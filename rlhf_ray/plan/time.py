@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.role_rules import reward_names
-from rlhf_ray.distributed.placement import Share
+from rlhf_ray.distributed.bundles import Share
 from rlhf_ray.engines.deepspeed_training import effective_stage
 from rlhf_ray.models.loading import torch_dtype
 from rlhf_ray.plan.arithmetic import StageArithmetic, longest_row

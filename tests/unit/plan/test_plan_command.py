@@ -10,8 +10,8 @@ import pytest
 
 from rlhf_ray.cli import main
 from rlhf_ray.distributed import placement
+from rlhf_ray.distributed.bundles import Share
 from rlhf_ray.distributed.nodes import Node
-from rlhf_ray.distributed.placement import Share
 
 PIPELINE = "pipelines/quickstart.yaml"
 
@@ -21,6 +21,20 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | str 
         main(["plan", *arguments])
     captured = capsys.readouterr()
     return stopped.value.code, captured.out, captured.err
+
+
+def supervised(folder: Path, model: Path) -> str:
+    """A pipeline of one stage with a tiny model."""
+    (folder / "d.jsonl").write_text(json.dumps({"text": "some words"}) + "\n")
+    made = {
+        "run_dir": str(folder / "run"),
+        "method": "sft",
+        "policy": {"model": str(model)},
+        "data": {"train": str(folder / "d.jsonl")},
+        "steps": 3,
+    }
+    (folder / "p.yaml").write_text(json.dumps(made))
+    return str(folder / "p.yaml")
 
 
 def test_the_quickstart_on_a_cluster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,14 +53,15 @@ def test_the_example_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     section = Path("README.md").read_text().split("## What a pipeline needs\n")[1].split("\n## ")[0]
     command = section.split("```bash\nrlhf-ray plan ")[1].split("#")[0].split()
     example = section.split("```text\n")[1].split("```")[0]
-    _, out, _ = run(capsys, *command)
+    code, out, _ = run(capsys, *command)
     assert example.split() == out.split()
+    assert code == 1
 
 
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, PIPELINE, "ppo.policy.workers=9", "--cluster", "1x8xH100-80", "--json")
     plan = json.loads(out)
-    assert code == 0
+    assert code == 1
     assert plan["fits"] is False
     assert [stage["stage"] for stage in plan["arithmetic"]] == ["sft", "reward_model", "ppo"]
     (ppo,) = [each for each in plan["placement"] if each["stage"] == "ppo"]
@@ -64,6 +79,7 @@ def test_time_cost_and_scaling(capsys: pytest.CaptureFixture[str]) -> None:
         "GPU-hours",
         "ppo on more GPUs",
         "generation tail: the longest",
+        "sft: no more: the batch is too small for 64 policy workers, 32 rows at a time; raise batch_size.",
     ):
         assert words in out
     _, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80", "--gpu-hour-price", "1000", "--json")
@@ -92,6 +108,41 @@ def test_a_running_cluster_of_uneven_nodes(capsys: pytest.CaptureFixture[str], m
     # Of four GPUs one is taken.
     _, out, _ = run(capsys, PIPELINE, "ppo.policy.workers=3", "ppo.policy.gpus=1", "--address", "head:8265")
     assert "3 of 4 are free" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--scaling"], "--scaling: there is no cluster; name one with --cluster, --here or --address"),
+        (["--gpu-hour-price", "2"], "--gpu-hour-price: there is no cluster; name one with"),
+        (["--cluster", "2x8xZZ9-80", "--scaling"], "--scaling: there are no figures of the GPUs of 2x8xZZ9-80; known"),
+        (["--cluster", "2x8xZZ9-80", "--gpu-hour-price", "2"], "--gpu-hour-price: there are no figures of the GPUs of"),
+        (["--cluster", "1x8xCPU-64", "--scaling"], "--scaling: no stage is on a GPU of 1x8xCPU-64"),
+        (["--cluster", "1x8xCPU-64", "--gpu-hour-price", "2", "--json"], "--gpu-hour-price: no stage is on a GPU of"),
+        (["policy.gpus=0", "--cluster", "1x8xH100-80", "--scaling"], "--scaling: no stage is on a GPU of 1x8xH100-80"),
+    ],
+)
+def test_an_option_without_effect_is_a_mistake(
+    arguments: list[str], words: str, tmp_path: Path, llama_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = supervised(tmp_path, llama_directory)
+    code, out, err = run(capsys, file, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(words)
+
+
+def test_where_nothing_fits_nothing_is_called_the_fastest(
+    tmp_path: Path, llama_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = supervised(tmp_path, llama_directory)
+    code, out, _ = run(capsys, file, "--cluster", "1x8xH100-1", "--suggest")
+    assert code == 1
+    assert "sft: nothing fits: " in out
+    assert "the fastest that fits" not in out
+    code, out, _ = run(capsys, file, "--cluster", "1x8xH100-80", "--suggest")
+    assert code == 0
+    assert "sft: its own settings are the fastest." in out
+    assert "the fastest that fits" not in out
 
 
 def test_without_a_cluster_nothing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from rich.console import Console
 
 from rlhf_ray import pipeline
 from rlhf_ray.config import schema
-from rlhf_ray.distributed.bundles import NodeShare
+from rlhf_ray.distributed.bundles import NodeShare, Share
 from rlhf_ray.distributed.nodes import Node
-from rlhf_ray.distributed.placement import Share
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan import prediction
 from rlhf_ray.plan.cluster import cluster_as_object, cluster_of, parse_cluster, running_cluster
 from rlhf_ray.plan.measured import written_cluster
@@ -80,6 +81,28 @@ def test_a_running_cluster_of_uneven_nodes(tmp_path: Path) -> None:
         written = json.loads(json.dumps(cluster_as_object(cluster)))
         assert (cluster_of(written), cluster_of(written).gpu) == (cluster, cluster.gpu)
     assert written_cluster(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text[:40], "it is no JSON"),
+        (lambda text: "[]", "it has no cluster"),
+        (lambda text: json.dumps({"stages": {}}), "it has no cluster"),
+        (lambda text: text.replace('"nodes"', '"knots"'), "its cluster is described otherwise"),
+        (lambda text: text.replace('"bfloat16"', '"float8"'), "its cluster is described otherwise"),
+        (lambda text: text.replace('"free"', '"left"'), "its cluster is described otherwise"),
+        (lambda text: json.dumps({"cluster": 8}), "its cluster is described otherwise"),
+    ],
+)
+def test_a_plan_of_another_version_is_refused(tmp_path: Path, change: Callable[[str], str], words: str) -> None:
+    cluster = running_cluster([Node("10.0.0.1", Share(8, 0), Share(8, 0), 30.0, "")], "one node")
+    written = tmp_path / "plan.json"
+    written.write_text(change(json.dumps({"cluster": cluster_as_object(cluster), "stages": {}})))
+    with pytest.raises(ConfigError) as refused:
+        written_cluster(tmp_path)
+    assert str(refused.value).startswith(f"--measured: {written}: {words}")
+    assert str(refused.value).endswith("wanted the folder of a run of this version of rlhf_ray")
 
 
 def test_a_run_is_planned_on_its_own_cluster(

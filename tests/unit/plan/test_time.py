@@ -11,11 +11,13 @@ import pytest
 
 from rlhf_ray.config import schema
 from rlhf_ray.config.load import CONFIG_FILE, run_files
-from rlhf_ray.distributed.placement import Share
+from rlhf_ray.config.rules import check_rules
+from rlhf_ray.distributed.bundles import Share
+from rlhf_ray.distributed.nodes import Node
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan import time
 from rlhf_ray.plan.arithmetic import arithmetic
-from rlhf_ray.plan.cluster import ClusterShape, parse_cluster
+from rlhf_ray.plan.cluster import ClusterShape, cluster_as_object, parse_cluster, running_cluster
 from rlhf_ray.plan.data import Lengths, data_lengths
 from rlhf_ray.plan.estimate import estimator, seconds
 from rlhf_ray.plan.hardware import CORE, GPUS, Device, find_gpu, measure_core
@@ -23,8 +25,9 @@ from rlhf_ray.plan.measured import read_measured
 from rlhf_ray.plan.memory import plan_memory
 from rlhf_ray.plan.networks import Network
 from rlhf_ray.plan.placement import plan_placement
-from rlhf_ray.plan.scaling import scaling
+from rlhf_ray.plan.scaling import scaled, scaling, too_many_learners
 from rlhf_ray.plan.time import Hardware, StageTime, stage_time
+from rlhf_ray.trainers.metric_rows import PLAN_FILE
 
 NET = Network(
     parameters=1_200_000,
@@ -165,12 +168,39 @@ def test_more_gpus_help_until_something_is_waited_for() -> None:
     hardware = replace(HARDWARE, gpu=GPUS["H100"], gpus_per_node=8)
     long = Lengths(prompt=10, response=500, longest=1000)
     found = scaling(lambda s: timed(s, gpu=True, lengths=long, hardware=hardware), stage, roles, most=4096)
-    assert [scale.gpus for scale in found] == [5 * 2**n for n in range(10)]
+    # 64 samples are too few for 128 policy workers.
+    assert [scale.gpus for scale in found] == [5 * 2**n for n in range(7)]
     assert found[0].efficiency == 1
     assert found[1].limit == "generation tail: the longest response"
     assert found[-1].efficiency < 0.5
     # 64 prompts for 512 generators.
     assert timed(ppo(generator={"workers": 512}), gpu=True).tasks[0].rows == 64
+
+
+@pytest.mark.parametrize(
+    ("made", "most", "advice"),
+    [
+        (ppo(mini_batches=3, policy={"model": "m", "workers": 2}, critic={"workers": 3}), 7, "or lower mini_batches"),
+        (ppo(prompts_per_iteration=4, sampling={"samples_per_prompt": 2}), 8, "raise prompts_per_iteration"),
+        (ppo(policy={"model": "m", "workers": 5}, critic={"kind": "value_head"}), 12, "raise prompts_per_iteration"),
+        (sft(workers=3), 10, "raise batch_size"),
+    ],
+)
+def test_no_more_workers_than_a_pipeline_may_have(made: Any, most: int, advice: str) -> None:
+    roles = ["policy", "reference", "reward/model", "generator"] if made.method == "ppo" else ["policy"]
+    if made.method == "ppo" and made.critic_role.kind == "network":
+        roles.insert(1, "critic")
+    accepted = []
+    for factor in range(1, 2 * most):
+        written = scaled(made, factor, roles).model_dump()
+        problems = check_rules(schema.Pipeline(run_dir="r", stages=[written]), pipeline_dir=Path())
+        few = any("wanted at least one for each" in problem.text for problem in problems)
+        why = too_many_learners(made, factor, roles)
+        assert bool(why) == few
+        assert not few or advice in why
+        if not few:
+            accepted.append(factor)
+    assert accepted == list(range(1, most + 1))
 
 
 def test_what_limits_is_named() -> None:
@@ -227,25 +257,21 @@ def planned(config: schema.Pipeline, cluster: ClusterShape, lengths: Lengths, fa
     return estimator(config, numbers, placement, memory, cluster, lengths, factors)(stage)
 
 
-def test_a_runs_figures_take_the_place_of_the_assumptions(
-    tmp_path: Path, llama_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    prompts = tmp_path / "p.jsonl"
+def finished_run(folder: Path, model: Path, cluster: ClusterShape) -> tuple[Path, schema.Pipeline, StageTime]:
+    """A run whose tasks took three times what is planned on the cluster, its pipeline and that plan."""
+    prompts = folder / "p.jsonl"
     prompts.write_text(json.dumps({"prompt": "x" * 40}) + "\n")
     made = ppo(
-        policy={"model": str(llama_directory)},
-        reward=[{"kind": "model", "model": str(llama_directory)}],
+        policy={"model": str(model)},
+        reward=[{"kind": "model", "model": str(model)}],
         data={"train": str(prompts), "max_prompt_tokens": 10},
     )
-    run = tmp_path / "run"
+    run = folder / "run"
     run.mkdir()
     config = schema.Pipeline(run_dir=str(run), stages=[made.model_dump()])
-    (run / CONFIG_FILE).write_text(run_files(config, pipeline_dir=tmp_path)[CONFIG_FILE])
-    cluster = parse_cluster("1x2xCPU-16")
-    lengths = Lengths(8, 12, 18)
-    tasks = planned(config, cluster, lengths, {}).tasks
-    names = {f"time/{task.name}_s": 3 * task.seconds for task in tasks if task.name != "sync"}
+    (run / CONFIG_FILE).write_text(run_files(config, pipeline_dir=folder)[CONFIG_FILE])
+    plan = planned(config, cluster, Lengths(8, 12, 18), {})
+    names = {f"time/{task.name}_s": 3 * task.seconds for task in plan.tasks if task.name != "sync"}
     row = {
         "stage": "ppo",
         "response/length_mean": 12.0,
@@ -257,14 +283,35 @@ def test_a_runs_figures_take_the_place_of_the_assumptions(
     }
     rows = [{**row, "iteration": number} for number in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return run, config, plan
+
+
+def test_a_runs_figures_take_the_place_of_the_assumptions(
+    tmp_path: Path, llama_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    cluster = parse_cluster("1x2xCPU-16")
+    run, config, plan = finished_run(tmp_path, llama_directory, cluster)
     found = read_measured(run, config, cluster)
     read = found.lengths["ppo"]
     assert (round(read.prompt, 6), read.response, read.longest) == (8, 12, 18)
-    assert set(found.factors["ppo"]) == {task.name for task in tasks} - {"sync"}
+    assert set(found.factors["ppo"]) == {task.name for task in plan.tasks} - {"sync"}
     for factor in found.factors["ppo"].values():
         assert factor == pytest.approx(3.0)
-    after = planned(config, cluster, lengths, found.factors["ppo"])
-    assert after.phases["learn"] == pytest.approx(3 * planned(config, cluster, lengths, {}).phases["learn"])
+    after = planned(config, cluster, Lengths(8, 12, 18), found.factors["ppo"])
+    assert after.phases["learn"] == pytest.approx(3 * plan.phases["learn"])
+
+
+def test_what_a_run_held_at_its_end_was_free_for_it(
+    tmp_path: Path, llama_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    node = Node("10.0.0.1", Share(32, 8), Share(32, 8), 400.0, "H100")
+    run, config, _ = finished_run(tmp_path, llama_directory, running_cluster([node], "the cluster of this run"))
+    ended = running_cluster([replace(node, free=Share(28, 0))], "the cluster of this run")
+    (run / PLAN_FILE).write_text(json.dumps({"cluster": cluster_as_object(ended), "stages": {}}))
+    for factor in read_measured(run, config, parse_cluster("1x2xCPU-16")).factors["ppo"].values():
+        assert factor == pytest.approx(3.0)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:

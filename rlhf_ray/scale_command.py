@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ import typer
 from rlhf_ray.config.load import CONFIG_FILE
 from rlhf_ray.config.problems import suggestion
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.terminal import exit_codes
+from rlhf_ray.terminal import exit_codes, say, write
 
 TIMEOUT_S = 3600
 """Seconds that the command waits for the run; an iteration may be long."""
@@ -90,40 +89,38 @@ def _ask_folder(run: str, generators: int, *, detach: bool, timeout_s: float) ->
     if now is None:
         raise ConfigError(f"{run}: its stage has no generators that can be scaled; a PPO stage has, once it iterates")
     wish = wish_for(folder, stage=now.stage, generator=generators)
-    _say(f"{now.stage}: {now.generator} generators; {generators} are asked for, from the next iteration on")
+    say(f"{now.stage}: {now.generator} generators; {generators} are asked for, from the next iteration on")
     if detach:
         return
     deadline = time.monotonic() + timeout_s
     while now.wish != wish.number or not now.settled:
         if time.monotonic() > deadline:
-            _say(f"not done after {timeout_s:g} s; the wish stands")
+            say(f"not done after {timeout_s:g} s; the wish stands")
             raise SystemExit(1)
         time.sleep(_POLL_S)
         before, later = now, read_standing(folder)
         if later is None or owner_of(folder) is None:
-            _say(f"{now.stage} has ended before")
+            say(f"{now.stage} has ended before")
             raise SystemExit(1)
         if read_wish(folder) != wish:
-            _say("another wish has taken the place of this one")
+            say("another wish has taken the place of this one")
             raise SystemExit(1)
         now = later
         if now.wish == wish.number and not now.settled and now.note != before.note:
-            _say(now.note)
+            say(now.note)
     print(f"{now.stage}: {now.generator} generators from iteration {now.since}")
     if now.note:
-        _say(now.note)
+        say(now.note)
         raise SystemExit(1)
 
 
 def _ask_cluster(run: str, generators: int, address: str, *, detach: bool, timeout_s: int) -> None:
     """Lets a job on the cluster's head node, where the run's folder lies, do the same; ends with its exit code."""
     from rlhf_ray.distributed.jobs import connect
+    from rlhf_ray.submission.runs import find_run
 
     server = connect(address)
-    jobs = [job for job in server.jobs() if "run_dir" in job.metadata]
-    found = next((job for job in jobs if run in (job.id, job.metadata["run_dir"])), None)
-    if found is None:
-        raise ConfigError(f"{server.address} has no run {run!r}{suggestion(run, [job.id for job in jobs])}")
+    found = find_run(server, run)
     if found.ended:
         raise ConfigError(f"{found.id} has ended: {found.state}")
     words = ["python", "-m", "rlhf_ray", "scale", found.metadata["run_dir"], f"generator={generators}"]
@@ -131,14 +128,5 @@ def _ask_cluster(run: str, generators: int, address: str, *, detach: bool, timeo
     job_id = f"scale-{found.id[:40]}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="rlhf_ray_scale_") as folder:
         server.submit(job_id, f"exec {shlex.join(words)}", Path(folder), variables={}, metadata={})
-    job = server.follow(job_id, _write)
+    job = server.follow(job_id, write)
     raise SystemExit(job.exit_code)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.options import Overrides, PipelineFile, without_effect
 from rlhf_ray.submission.order import Order, run_name
-from rlhf_ray.terminal import exit_codes, show
+from rlhf_ray.terminal import exit_codes, say, show, write
 
 if TYPE_CHECKING:
     from rlhf_ray.distributed.jobs import Job, JobServer
@@ -38,7 +38,6 @@ SAVE_S = 600
 """Seconds that a stopped run has to save a checkpoint, unless told otherwise."""
 KUBERNETES = "KUBERNETES_SERVICE_HOST"
 _LEAVE_S = 60.0
-_OURS = "rlhf_ray"
 
 Address = Annotated[
     str | None,
@@ -203,7 +202,7 @@ def logs_command(
         server, job = _find(run, address)
         if follow:
             _follow(server, job.id)
-        _write(server.log(job.id))
+        write(server.log(job.id))
 
 
 def stop_command(run: Run, address: Address = None) -> None:
@@ -213,13 +212,13 @@ def stop_command(run: Run, address: Address = None) -> None:
         if job.ended or not server.stop(job.id):
             print(f"{job.id} has ended before: {job.state}")
             return
-        _say(
+        say(
             f"{job.id} got SIGTERM: it finishes its iteration and saves; after {job.stop_wait_s:g} s it is killed. "
             "Ctrl-C ends this wait alone."
         )
         job = server.wait(job.id, timeout_s=job.stop_wait_s + _LEAVE_S)
         if not job.ended:
-            _say(f"{job.id} is {job.state} {job.stop_wait_s + _LEAVE_S:g} s after it was asked to stop")
+            say(f"{job.id} is {job.state} {job.stop_wait_s + _LEAVE_S:g} s after it was asked to stop")
             raise SystemExit(1)
         print(f"{job.id}: {job.state}")
 
@@ -229,10 +228,13 @@ def list_command(address: Address = None) -> None:
     with exit_codes():
         from rich.table import Table
 
+        from rlhf_ray.distributed.jobs import connect
+        from rlhf_ray.submission.runs import submitted_runs
+
         table = Table(box=None, pad_edge=False)
         for heading in ("run", "state", "started", "pipeline", "run_dir"):
             table.add_column(heading, overflow="fold")
-        runs = _ours(_server(address))
+        runs = submitted_runs(connect(address))
         for job in runs:
             named = [job.metadata.get(name, "") for name in ("pipeline", "run_dir")]
             table.add_row(job.id, job.state, _time(job.started_s), *named)
@@ -252,7 +254,7 @@ def run_submitted_command(
             pid_file.write_text(f"{os.getpid()}\n", encoding="utf-8")
         here = version("rlhf_ray")
         python = ".".join(str(part) for part in sys.version_info[:3])
-        _say(f"rlhf_ray {here}, Ray {version('ray')}, Python {python} on {socket.gethostname()}")
+        say(f"rlhf_ray {here}, Ray {version('ray')}, Python {python} on {socket.gethostname()}")
         if here != submitted_by:
             raise ConfigError(
                 f"this cluster has rlhf_ray {here}, and the run was submitted by {submitted_by}; install the same "
@@ -312,7 +314,7 @@ def _submit(order: Order, address: str | None, shared: Sequence[Path], *, detach
     if detach:
         print(shipment.job_id)
         return
-    _say(f"submitted as {shipment.job_id}; its run_dir on the cluster is {shipment.metadata['run_dir']}")
+    say(f"submitted as {shipment.job_id}; its run_dir on the cluster is {shipment.metadata['run_dir']}")
     _follow(server, shipment.job_id)
 
 
@@ -373,48 +375,30 @@ def _shipment(order: Order, config: Pipeline, shared: Sequence[Path]) -> _Shipme
     )
 
 
-def _server(address: str | None) -> JobServer:
-    from rlhf_ray.distributed.jobs import connect
-
-    return connect(address)
-
-
-def _ours(server: JobServer) -> list[Job]:
-    return [job for job in server.jobs() if _OURS in job.metadata]
-
-
 def _find(run: str, address: str | None) -> tuple[JobServer, Job]:
-    """The cluster and the run of that id, or the newest of that run_dir.
+    from rlhf_ray.distributed.jobs import connect
+    from rlhf_ray.submission.runs import find_run
 
-    Raises:
-        ConfigError: there is none.
-    """
-    server = _server(address)
-    jobs = _ours(server)
-    for job in jobs:
-        if run in (job.id, job.metadata.get("run_dir")):
-            return server, job
-    from rlhf_ray.config.problems import suggestion
-
-    raise ConfigError(f"{server.address} has no run {run!r}{suggestion(run, [job.id for job in jobs])}")
+    server = connect(address)
+    return server, find_run(server, run)
 
 
 def _follow(server: JobServer, job_id: str) -> None:
     """Prints the run's log until it ends, and ends with its exit code."""
     at = f"--address {server.address}"
     try:
-        job = server.follow(job_id, _write)
+        job = server.follow(job_id, write)
     except KeyboardInterrupt:
-        _say(
+        say(
             f"\n{job_id} goes on. To come back:  rlhf-ray logs {job_id} --follow {at}\n"
             f"To stop it:  rlhf-ray stop {job_id} {at}"
         )
         raise SystemExit(130) from None
     if job.state == "FAILED" and not job.message.startswith("Job entrypoint command failed"):
-        _say(job.message)
+        say(job.message)
     if job.state == "FAILED" and "No module named rlhf_ray" in job.message:
-        _say("rlhf_ray is not installed for the `python` of the cluster's head node; install it on every node")
-    _say(f"{job_id}: {job.state}, exit code {job.exit_code}")
+        say("rlhf_ray is not installed for the `python` of the cluster's head node; install it on every node")
+    say(f"{job_id}: {job.state}, exit code {job.exit_code}")
     raise SystemExit(job.exit_code)
 
 
@@ -430,20 +414,20 @@ def _check_cluster(server: JobServer, *, without_token: bool) -> None:
     if release(server.ray_version) < release(floor.lowest):
         raise ConfigError(f"{server.address} runs Ray {server.ray_version}, wanted {floor.lowest} or newer")
     if server.ray_version != version("ray"):
-        _say(f"note: the cluster runs Ray {server.ray_version}, this machine has {version('ray')}")
+        say(f"note: the cluster runs Ray {server.ray_version}, this machine has {version('ray')}")
 
 
 def _show_upload(parts: Upload, config: Pipeline) -> None:
     from rlhf_ray.submission.upload import in_words
 
     for item in parts.items:
-        _say(f"uploads {item.why}: {item.source} ({in_words(item.size)})")
+        say(f"uploads {item.why}: {item.source} ({in_words(item.size)})")
     for path in parts.stays:
-        _say(f"stays on the cluster: {path}")
+        say(f"stays on the cluster: {path}")
     if config.placement.address is not None:
-        _say(f"placement.address: {config.placement.address} is left out; the job joins the cluster that it runs on")
+        say(f"placement.address: {config.placement.address} is left out; the job joins the cluster that it runs on")
     if not config.run_dir.startswith(("/", "~")):
-        _say(
+        say(
             f"run_dir: {config.run_dir} becomes ~/{config.run_dir} on the head node; with several nodes, or where that "
             "does not last, name shared storage by --run-dir"
         )
@@ -479,7 +463,7 @@ def _go_on(folder: Path, config: Pipeline) -> None:
     with RunFolder.open(folder):
         for name, text in run_files(config, pipeline_dir=Path.cwd()).items():
             write_text(folder / name, text)
-    _say(f"{folder} holds this run; going on with it")
+    say(f"{folder} holds this run; going on with it")
 
 
 def _folders(shared: Sequence[Path]) -> Sequence[Path]:
@@ -491,12 +475,3 @@ def _folders(shared: Sequence[Path]) -> Sequence[Path]:
 
 def _time(seconds: float | None) -> str:
     return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

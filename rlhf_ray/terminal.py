@@ -69,3 +69,14 @@ def show(what: Any) -> None:
     from rich.console import Console
 
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH).print(what)
+
+
+def say(text: str) -> None:
+    """Prints what is not the command's result: a line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Passes on output that has its own line ends."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

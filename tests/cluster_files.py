@@ -310,8 +310,8 @@ def slurm_problems(text: str) -> list[str]:
         found.append("--signal: SIGTERM does not come to this shell alone ahead of the limit")
     elif int(signal[1]) <= 60:
         found.append("--signal: no time to save ahead of the limit")
-    lines = ("export RAY_AUTH_MODE=token", "umask 077", "trap stop TERM", "kill -TERM", "rlhf-ray resume")
-    for line in (*lines, "scontrol requeue"):
+    lines = ("export RAY_AUTH_MODE=token", "umask 077", "trap stop TERM", "rlhf-ray resume")
+    for line in (*lines, 'kill -TERM "$(cat "$pid_file")"', "scontrol requeue"):
         if line not in text:
             found.append(f"no {line}")
     joined = text.replace("\\\n", " ")

@@ -124,7 +124,7 @@ MUTATIONS = {
     "slurm_no_requeue": (SLURM, "#SBATCH --requeue\n", "", "no --requeue"),
     "slurm_signal_to_every_process": (SLURM, "--signal=B:TERM@300", "--signal=TERM@300", "this shell alone"),
     "slurm_signal_too_late": (SLURM, "B:TERM@300", "B:TERM@60", "no time to save"),
-    "slurm_driver_not_told": (SLURM, "    kill -TERM", "    kill -HUP", "no kill -TERM"),
+    "slurm_driver_not_told": (SLURM, 'kill -TERM "$(cat', 'kill -HUP "$(cat', "no kill -TERM"),
     "slurm_starts_anew": (SLURM, 'rlhf-ray resume "$run_dir"', "rlhf-ray run", "no rlhf-ray resume"),
     "slurm_shared_nodes": (SLURM, "#SBATCH --exclusive\n", "", "no --exclusive"),
     "slurm_without_a_token": (SLURM, "export RAY_AUTH_MODE=token\n", "", "RAY_AUTH_MODE"),
@@ -268,13 +268,26 @@ def stage(tmp_path: Path) -> dict[str, str]:
         'fi\nexit "${CODE:-0}"\n',
     )
     program(
-        bin_folder, "scontrol", 'echo "$*" >> "$CALLS/scontrol"\n[ "$1" = show ] && printf "node1\\nnode2\\n"\nexit 0\n'
+        bin_folder,
+        "scontrol",
+        'echo "$*" >> "$CALLS/scontrol"\n'
+        'if [ "$MODE $1" = "nodes show" ]; then\n'
+        '  echo ready > "$CALLS/ready"\n'
+        '  while [ ! -e "$CALLS/sent" ]; do sleep 0.1; done\n'
+        "fi\n"
+        '[ "$1" = show ] && printf "node1\\nnode2\\n"\nexit 0\n',
     )
     program(bin_folder, "srun", 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
     program(
         bin_folder,
         "ray",
-        'echo "$*" > "$CALLS/ray"\nwhile [ "$1" != -- ]; do shift; done\nshift\n"$@"\nexit $?\n',
+        'echo "$*" > "$CALLS/ray"\n'
+        'if [ "$MODE" = start ]; then\n'
+        '  trap "exit 1" TERM\n'
+        '  echo ready > "$CALLS/ready"\n'
+        "  for _ in $(seq 300); do sleep 0.1; done\n"
+        "fi\n"
+        'while [ "$1" != -- ]; do shift; done\nshift\n"$@"\nexit $?\n',
     )
     (tmp_path / "home").mkdir()
     return {
@@ -402,6 +415,33 @@ def test_slurm_does_not_requeue_a_run_that_was_done_when_it_was_stopped(stage: d
         job.send_signal(signal.SIGTERM)
         assert job.wait(timeout=30) == 0
     assert "requeue" not in (tmp_path / "scontrol").read_text()
+
+
+@pytest.mark.parametrize("moment", ["nodes", "start"])
+def test_slurm_requeues_what_is_stopped_before_there_is_a_driver(
+    moment: str, stage: dict[str, str], tmp_path: Path
+) -> None:
+    """While Slurm is asked for the nodes, and while Ray starts on them, which then ends with a code of its own."""
+    with subprocess.Popen(["bash", str(CLUSTER / "slurm/run.sbatch")], env=stage | {"MODE": moment}) as job:
+        wait_for(tmp_path / "ready")
+        job.send_signal(signal.SIGTERM)
+        (tmp_path / "sent").touch()
+        assert job.wait(timeout=30) == 143
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
+    assert not (tmp_path / "rlhf-ray").exists()
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_slurm_forgets_the_driver_of_an_earlier_try(stage: dict[str, str], tmp_path: Path) -> None:
+    """Its number may be another process's by now."""
+    with subprocess.Popen(["sleep", "30"]) as other:
+        (tmp_path / "rlhf-ray-77.pid").write_text(f"{other.pid}\n")
+        with subprocess.Popen(["bash", str(CLUSTER / "slurm/run.sbatch")], env=stage | {"MODE": "start"}) as job:
+            wait_for(tmp_path / "ready")
+            job.send_signal(signal.SIGTERM)
+            assert job.wait(timeout=30) == 143
+        assert other.poll() is None
+        other.kill()
 
 
 def test_slurm_wants_its_secrets(stage: dict[str, str], tmp_path: Path) -> None:

@@ -24,6 +24,24 @@ _SCRIPT = """\
 @OPTIONS@
 set -uo pipefail
 
+# SIGTERM comes ahead of the limit, to this shell alone: only the driver may stop by it, Ray has to live until it saved.
+# Where there is no driver yet, nothing has to be saved, and the step may end.
+pid_file="${TMPDIR:-/tmp}/rlhf-ray-$SLURM_JOB_ID.pid"
+rm -f "$pid_file"
+stopped=''
+early=''
+step=''
+stop() {
+    stopped=1
+    if [ -s "$pid_file" ]; then
+        kill -TERM "$(cat "$pid_file")"
+    else
+        early=1
+        [ -z "$step" ] || kill -TERM "$step"
+    fi
+}
+trap stop TERM
+
 cd "$SLURM_SUBMIT_DIR" || exit 1
 run_dir=@RUN_DIR@
 port=${RLHF_RAY_PORT:-6379}
@@ -31,7 +49,6 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 environment=${RLHF_RAY_ENV:-@ENVIRONMENT@}
 PATH="$(realpath "$environment")/bin:$PATH"
 export PATH
-pid_file="${TMPDIR:-/tmp}/rlhf-ray-$SLURM_JOB_ID.pid"
 @SECRETS@
 # A token for this job alone, which only its owner can read, on the file system that all nodes share.
 export RAY_AUTH_MODE=token
@@ -41,14 +58,6 @@ clean() {
     rm -f "$RAY_AUTH_TOKEN_PATH" "$pid_file"
 }
 trap clean EXIT
-
-# SIGTERM comes ahead of the limit, to this shell alone: only the driver may stop by it, Ray has to live until it saved.
-stopped=
-stop() {
-    stopped=1
-    kill -TERM "$(cat "$pid_file")"
-}
-trap stop TERM
 
 if [ -f "$run_dir/config.yaml" ]; then
     run=(rlhf-ray resume "$run_dir")
@@ -63,6 +72,7 @@ srun --kill-on-bad-exit=0 ray symmetric-run --address "$head:$port" --min-nodes 
     --disable-usage-stats --metrics-export-port=8080 -- \\
     env "RAY_ADDRESS=$head:$port" bash -c 'echo $$ > "$0"; exec "$@"' "$pid_file" "${run[@]}" &
 step=$!
+[ -z "$early" ] || kill -TERM "$step"
 wait "$step"
 code=$?
 if [ -n "$stopped" ]; then
@@ -71,8 +81,11 @@ if [ -n "$stopped" ]; then
     code=$?
 fi
 
+if [ -n "$early" ]; then
+    code=143
+fi
 if [ "$code" = 143 ]; then
-    echo "run.sbatch: $run_dir was stopped and is saved; back into the queue"
+    echo "run.sbatch: $run_dir was stopped; back into the queue"
     clean
     scontrol requeue "$SLURM_JOB_ID"
 fi

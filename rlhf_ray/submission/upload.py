@@ -35,7 +35,7 @@ LIMIT_BYTES = 100 << 20
 """Ray's dashboard takes no larger request."""
 SHOWN = 5
 _NAMING = ("path", "model", "tokenizer")
-_PACKAGE = "rlhf_ray"
+PACKAGE = "rlhf_ray"
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,12 @@ def contents(upload: Upload) -> dict[str, bytes]:
 def job_words(secrets: Sequence[str]) -> list[str]:
     """The command that runs in the uploaded folder: it starts the run, or goes on with it."""
     named = [word for name in secrets for word in ("--secret", name)]
-    return ["python", "-m", _PACKAGE, "run-submitted", PIPELINE_FILE, version(_PACKAGE), *named]
+    return ["python", "-m", PACKAGE, "run-submitted", PIPELINE_FILE, version(PACKAGE), *named]
 
 
 def job_metadata(pipeline: Path, run_dir: str) -> dict[str, str]:
     """What is noted with the job, by which `list` and `status` know it."""
-    return {_PACKAGE: version(_PACKAGE), "pipeline": pipeline.name, "run_dir": run_dir}
+    return {PACKAGE: version(PACKAGE), "pipeline": pipeline.name, "run_dir": run_dir}
 
 
 def remote_run_dir(run_dir: str) -> str:
@@ -230,7 +230,7 @@ def _modules(config: Pipeline, pipeline_dir: Path) -> list[Item]:
     ]
     search = [str(pipeline_dir), *(entry for entry in sys.path if entry)]
     waiting = list(dict.fromkeys(function.partition(":")[0].split(".")[0] for function in functions))
-    seen: set[str] = {_PACKAGE}
+    seen: set[str] = {PACKAGE}
     items = []
     while waiting:
         name = waiting.pop(0)

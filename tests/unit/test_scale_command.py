@@ -140,6 +140,8 @@ def test_a_submitted_run_that_cannot_be_scaled(
         at = ("generator=3", "--address", dashboard.address)
         assert "a-1 has ended: SUCCEEDED" in refusal(capsys, "/runs/a-1", *at)
         assert "has no run 'a-2'; did you mean `a-1`?" in refusal(capsys, "a-2", *at)
+        dashboard.jobs[0]["metadata"]["run_dir"] = "~/runs/a"
+        assert "a-1 has ended: SUCCEEDED" in refusal(capsys, "runs/a", *at)
 
 
 def test_a_job_asks_a_submitted_run_on_its_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:

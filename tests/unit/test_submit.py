@@ -172,6 +172,45 @@ def test_status_and_logs(project: Path, dashboard: Dashboard, capsys: pytest.Cap
     assert "has no run 'a-2'; did you mean `a-1`?" in refusal(capsys, "logs", "a-2", "--address", dashboard.address)
 
 
+@pytest.mark.parametrize(
+    ("noted", "asked"),
+    [
+        ("~/runs/a", "runs/a"),  # as it was submitted
+        ("~/runs/a", "./runs/a/"),
+        ("~/runs/a", "~/runs/a"),
+        ("~/runs/a", "HOME/runs/a"),  # what the shell makes of ~/runs/a
+        ("HOME/runs/a", "HOME/runs/a"),  # likewise when it was submitted
+        ("/runs/a", "/runs/a/"),
+        ("/runs/a/", "/runs/a"),
+    ],
+)
+def test_a_run_by_its_folder(
+    noted: str, asked: str, project: Path, dashboard: Dashboard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the names that a person has for it; of several runs with that folder the newest."""
+    noted, asked = (name.replace("HOME", str(project)) for name in (noted, asked))
+    dashboard.jobs = [job(name, "RUNNING", start_time=start) for name, start in (("a-1", 1000), ("a-2", 2000))]
+    for each in dashboard.jobs:
+        each["metadata"]["run_dir"] = noted
+    dashboard.jobs.append(job("b", "RUNNING", start_time=3000))
+    dashboard.logs = {"a-1": "the first\n", "a-2": "the second\n", "b": "another\n"}
+    assert exit_code("logs", asked, "--address", dashboard.address) == 0
+    assert capsys.readouterr().out == "the second\n"
+    for other in ("a", "/runs", "runs", "runs/a/b", "~", "/"):
+        assert "has no run" in refusal(capsys, "logs", other, "--address", dashboard.address)
+
+
+def test_a_run_by_its_folder_as_written_goes_first(
+    project: Path, dashboard: Dashboard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dashboard.jobs = [job("a-1", "RUNNING", start_time=1000), job("a-2", "RUNNING", start_time=2000)]
+    for each, folder in zip(dashboard.jobs, (project, "~"), strict=True):
+        each["metadata"]["run_dir"] = f"{folder}/runs/a"
+    dashboard.logs = {"a-1": "the first\n", "a-2": "the second\n"}
+    assert exit_code("logs", f"{project}/runs/a", "--address", dashboard.address) == 0
+    assert capsys.readouterr().out == "the first\n"
+
+
 def written(**changes: object) -> Status:
     """A status that was written two seconds ago."""
     values: dict[str, Any] = {

@@ -275,7 +275,8 @@ def test_cores_are_shared_by_fractions(cluster: Cluster) -> None:
 
 
 def test_a_kept_host_serves_the_next_group(cluster: Cluster) -> None:
-    request = RoleRequest("generator", 1, env={"COLOUR": "red"}, reuse="test")
+    labels = {"pool": "!other"}
+    request = RoleRequest("generator", 1, env={"COLOUR": "red"}, reuse="test", node_labels=labels)
     with cluster.reserve([request, RoleRequest("policy")]) as placement:
         first = placement.start("generator", Worker, factor=2.0)
         first.first(Worker.hold, "engine").result()

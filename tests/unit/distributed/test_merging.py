@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.data.batches import Batch
-from rlhf_ray.distributed.groups import LocalGroup, Ready, arrivals, cut, gather, merge, shares
+from rlhf_ray.distributed.groups import LocalGroup, Pending, Ready, arrivals, cut, gather, merge, shares
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.tracing import DRIVER, Recorder
 
@@ -104,6 +104,26 @@ def test_what_is_there_arrives_in_order() -> None:
     group = LocalGroup(LengthScorer(Place("reward", 0, 1)))
     assert list(arrivals(group.one(0, Scorer.score, ["a"]), Ready("two"))) == [(0, [1]), (1, "two")]
     assert list(arrivals()) == []
+
+
+class Failing(Pending[int]):
+    """Fails where it is waited for; notes that nobody will any longer."""
+
+    def __init__(self) -> None:
+        self.abandoned = False
+
+    def result(self) -> int:
+        raise ValueError("lost")
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+
+def test_after_a_failure_no_arrival_is_waited_for() -> None:
+    failing, late = Failing(), Failing()
+    with pytest.raises(ValueError, match="lost"):
+        list(arrivals(Ready(1), failing, late))
+    assert failing.abandoned is late.abandoned is True
 
 
 def test_gather_keeps_the_order() -> None:

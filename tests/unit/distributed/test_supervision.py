@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from rlhf_ray.distributed import supervision
 from rlhf_ray.distributed.supervision import Call, Reply, as_they_come, wait
@@ -58,3 +59,18 @@ def test_a_deadline_counts_from_one_arrival_to_the_next() -> None:
     ]
     with pytest.raises(WorkerError, match=r"reward rank 0, score: no answer within 2 s .*waited 2.0 s"):
         list(as_they_come(calls(2, 5)))
+
+
+def test_a_death_is_named_instead_of_its_neighbour_s_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def complains(call: Call, fetched: Reply | None) -> Reply:
+        raise WorkerError(f"{call.where}: the connection was lost")
+
+    def died(reply: Any, timeout: float) -> None:
+        if reply == "a":
+            raise RayActorError
+
+    of_ray = SimpleNamespace(wait=lambda replies, **options: (replies, []), get=died)
+    monkeypatch.setattr(supervision, "_answer", complains)
+    monkeypatch.setattr(supervision, "ray", of_ray)
+    with pytest.raises(WorkerError, match=r"^reward rank 0, score: the worker died: "):
+        wait(calls(9, 9, 9))

@@ -21,7 +21,10 @@ from rlhf_ray.plan.cluster import PLENTY, ClusterShape
 from rlhf_ray.plan.data import check_data, data_lengths
 from rlhf_ray.plan.estimate import (
     StageEstimate,
+    Together,
+    all_stages,
     estimate_stage,
+    held_line,
     scaling_tables,
     seconds,
     time_lines,
@@ -62,9 +65,20 @@ class Plan:
     price: float | None
 
     @property
+    def misfits(self) -> set[str]:
+        """The stages for which the cluster has no room, in workers or, as far as it is known, in memory."""
+        lacking = {each.stage for each in self.placement if each.shortage is not None}
+        return lacking | {each.stage for each in self.memory if each.fits is False}
+
+    @property
     def fits(self) -> bool:
-        """Whether the cluster has room for every stage, in workers and, as far as it is known, in memory."""
-        return all(each.shortage is None for each in self.placement) and all(m.fits is not False for m in self.memory)
+        """Whether the cluster has room for every stage."""
+        return not self.misfits
+
+    @property
+    def together(self) -> Together | None:
+        """What all stages take; None where that of one is not known."""
+        return all_stages(self.time, gpus=self.cluster.total_gpus, price=self.price)
 
 
 def make_plan(
@@ -196,6 +210,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "gpu_hours": time.gpu_hours,
                 "cost": None if plan.price is None or time.gpu_hours is None else plan.price * time.gpu_hours,
             }
+    found["together"] = None if plan.together is None else asdict(plan.together)
     return {"fits": plan.fits if found.pop("named") else None} | found
 
 
@@ -220,8 +235,12 @@ def plan_tables(plan: Plan, *, scaling: bool) -> RenderableType:
     parts += [_heading("\nMemory of one worker at its peak, GiB"), _memory_table(plan.memory)]
     parts += [Text(line) for line in _memory_lines(plan)]
     if any(each.time is not None for each in plan.time):
-        parts += [_heading(f"\nTime of an iteration on {plan.cluster.text}"), time_table(plan.time, plan.price)]
+        misfits = plan.misfits if plan.named else ()
+        table = time_table(plan.time, plan.price, plan.together, misfits)
+        parts += [_heading(f"\nTime of an iteration on {plan.cluster.text}"), table]
         parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
+        if plan.named and plan.price is not None and plan.together is not None:
+            parts.append(Text(held_line(plan.together, plan.cluster)))
         for stage, table, ended in scaling_tables(plan.time) if scaling else ():
             parts += [_heading(f"\n{stage} on more GPUs, the batch unchanged"), table]
             parts += [Text(ended)] if ended else []

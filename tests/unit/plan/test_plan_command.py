@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from rlhf_ray.cli import main
 from rlhf_ray.distributed import placement
 from rlhf_ray.distributed.bundles import Share
 from rlhf_ray.distributed.nodes import Node
+from rlhf_ray.plan.data import Lengths
+from rlhf_ray.plan.estimate import StageEstimate, Together, all_stages
+from rlhf_ray.plan.time import StageTime
 
 PIPELINE = "pipelines/quickstart.yaml"
 
@@ -88,6 +92,42 @@ def test_time_cost_and_scaling(capsys: pytest.CaptureFixture[str]) -> None:
     assert time["cost"] == pytest.approx(1000 * time["gpu_hours"])
     assert time["gpu_hours"] == pytest.approx(time["run_s"] * time["gpus"] / 3600)
     assert "on more GPUs" not in out
+
+
+def test_all_stages_together(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (PIPELINE, "--cluster", "1x8xH100-80", "--gpu-hour-price", "1000")
+    _, out, _ = run(capsys, *asked, "--json")
+    plan = json.loads(out)
+    times, together = [each["time"] for each in plan["time"]], plan["together"]
+    for name in ("run_s", "gpu_hours", "cost"):
+        assert together[name] == pytest.approx(sum(time[name] for time in times))
+    # All eight GPUs from the first stage to the last one.
+    assert together["held_gpu_hours"] == pytest.approx(8 * together["run_s"] / 3600)
+    assert together["held_cost"] == pytest.approx(1000 * together["held_gpu_hours"])
+    _, out, _ = run(capsys, *asked)
+    (cost,) = [line.split() for line in out.splitlines() if line.startswith(" cost ")]
+    assert cost[-1] == f"{together['cost']:.2f}"
+    words = " ".join(out.split())
+    assert f"All 8 GPUs of 1x8xH100-80 held for the whole pipeline: {together['held_gpu_hours']:.2f} " in words
+    assert f"GPU-hours, cost {together['held_cost']:.2f}." in words
+    assert "on this cluster" not in out
+
+
+def test_a_stage_that_does_not_fit_says_so_beside_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("ppo.policy.workers=9", "--cluster", "1x8xH100-80", "--gpu-hour-price", "1000")
+    _, out, _ = run(capsys, PIPELINE, *small)
+    (line,) = [line.split() for line in out.splitlines() if line.strip().startswith("on this cluster")]
+    assert line == ["on", "this", "cluster", "fits", "fits", "does", "NOT", "fit"]
+
+
+def test_one_unknown_stage_leaves_the_sum_unknown() -> None:
+    time = StageTime("a", Lengths(1, 0, 0), (), {"learn": 2.0}, 0.0, 10, 4)
+    known = StageEstimate("a", time, (), "", "")
+    unknown = StageEstimate("b", replace(time, iterations=None), (), "", "")
+    assert all_stages([known, known], gpus=8, price=9.0) == Together(40.0, 160 / 3600, 0.4, 320 / 3600, 0.8)
+    assert all_stages([known], gpus=8, price=None) == Together(20.0, 80 / 3600, None, 160 / 3600, None)
+    assert all_stages([known, unknown], gpus=8, price=9.0) is None
+    assert all_stages([known, replace(known, time=None)], gpus=8, price=9.0) is None
 
 
 def test_a_gpu_without_figures_has_no_time(capsys: pytest.CaptureFixture[str]) -> None:

@@ -458,6 +458,13 @@ def _memory_lines(plan: Plan) -> list[str]:
                 f"{stage.stage} does NOT fit: {_gib(stage.host)} GiB for a node's {_gib(stage.host_room)} GiB."
             )
             lines += [f"  what helps most: {stage.advice}"] if stage.advice else []
+    unknown = plan.named and plan.cluster.host_gib is None
     if plan.named and all(stage.fits for stage in plan.memory):
-        lines.append("Every stage has the memory that it needs.")
+        lines.append(f"Every stage has the {'GPU ' if unknown else ''}memory that it needs.")
+    if unknown:
+        most = max(plan.memory, key=lambda stage: stage.host)
+        lines.append(
+            f"Host memory of such nodes is not known: the fullest takes {_gib(most.host)} GiB ({most.stage}); "
+            f"--cluster {plan.cluster.text}/GB compares."
+        )
     return lines

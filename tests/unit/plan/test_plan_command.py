@@ -13,6 +13,8 @@ from rlhf_ray.cli import main
 from rlhf_ray.distributed import placement
 from rlhf_ray.distributed.bundles import Share
 from rlhf_ray.distributed.nodes import Node
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.plan.cluster import parse_cluster
 from rlhf_ray.plan.data import Lengths
 from rlhf_ray.plan.estimate import StageEstimate, Together, all_stages
 from rlhf_ray.plan.time import StageTime
@@ -169,6 +171,45 @@ def test_an_option_without_effect_is_a_mistake(
     code, out, err = run(capsys, file, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith(words)
+
+
+def test_host_memory_of_nodes_with_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80")
+    assert code == 0
+    assert "Every stage has the GPU memory that it needs." in out
+    line = (
+        "Host memory of such nodes is not known: the fullest takes 3.99 GiB (ppo); --cluster 1x8xH100-80/GB compares."
+    )
+    assert line in out
+    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80/4")
+    assert code == 0
+    assert "Every stage has the memory that it needs." in out
+    assert "is not known" not in out
+    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80/3.5")
+    assert code == 1
+    assert "ppo does NOT fit: 3.99 GiB for a node's 3.50 GiB." in out
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("2x8xH100-80", (2, 8, 80, None)),
+        ("2x8xH100-80/1024", (2, 8, 80, 1024)),
+        ("2x8xH100-80/1024.5", (2, 8, 80, 1024.5)),
+        ("2x16xCPU-64", (2, 0, None, 64)),
+    ],
+)
+def test_a_cluster_in_words(text: str, found: tuple[float | None, ...]) -> None:
+    shape = parse_cluster(text)
+    assert (shape.nodes, shape.gpus, shape.gpu_gib, shape.host_gib) == found
+
+
+@pytest.mark.parametrize("text", ["2x8xH100-80/", "2x8xH100-80/0", "2x8xH100/1024", "2x16xCPU-64/64", "2x8xH100-80/a"])
+def test_a_cluster_that_is_none(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"wanted NODESxGPUSxNAME-GB.*2x8xH100-80/1024 where each has 1024 GB of host"
+    ):
+        parse_cluster(text)
 
 
 def test_where_nothing_fits_nothing_is_called_the_fastest(

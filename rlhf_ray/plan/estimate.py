@@ -55,23 +55,23 @@ class Together:
         run_s: seconds of all iterations.
         gpu_hours: of the GPUs that each stage holds.
         cost: of those; None without a price.
-        held_gpu_hours: of all GPUs of the cluster from the first stage to the last.
-        held_cost: of those; None without a price.
+        held_gpu_hours: of all GPUs of the cluster from the first stage to the last; None where none is named.
+        held_cost: of those; None without a price or a cluster.
     """
 
     run_s: float
     gpu_hours: float
     cost: float | None
-    held_gpu_hours: float
+    held_gpu_hours: float | None
     held_cost: float | None
 
 
-def all_stages(estimates: Sequence[StageEstimate], *, gpus: float, price: float | None) -> Together | None:
+def all_stages(estimates: Sequence[StageEstimate], *, gpus: float | None, price: float | None) -> Together | None:
     """What all stages take together; None where that of one is not known.
 
     Args:
         estimates: of every stage.
-        gpus: of the cluster.
+        gpus: of the cluster; None where none is named.
         price: of a GPU-hour.
     """
     run_s = gpu_hours = 0.0
@@ -80,9 +80,9 @@ def all_stages(estimates: Sequence[StageEstimate], *, gpus: float, price: float 
             return None
         run_s += each.time.run_s
         gpu_hours += each.time.gpu_hours
-    held = gpus * run_s / 3600
-    costs = (None, None) if price is None else (price * gpu_hours, price * held)
-    return Together(run_s, gpu_hours, costs[0], held, costs[1])
+    held = None if gpus is None else gpus * run_s / 3600
+    cost, held_cost = (None if price is None or hours is None else price * hours for hours in (gpu_hours, held))
+    return Together(run_s, gpu_hours, cost, held, held_cost)
 
 
 def hardware(cluster: ClusterShape) -> Hardware:
@@ -222,6 +222,7 @@ def scaling_tables(estimates: Sequence[StageEstimate]) -> list[tuple[str, Table,
 
 def held_line(together: Together, cluster: ClusterShape) -> str:
     """What all GPUs of a cluster cost that is there for as long as the pipeline takes."""
+    assert together.held_gpu_hours is not None, "there is a cluster"
     assert together.held_cost is not None, "there is a price"
     return (
         f"All {cluster.total_gpus:,.0f} GPUs of {cluster.text} held for the whole pipeline: "

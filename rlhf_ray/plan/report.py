@@ -17,7 +17,7 @@ from rlhf_ray.config.layouts import layout_settings
 from rlhf_ray.config.node_labels import in_words
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
-from rlhf_ray.plan.cluster import PLENTY, ClusterShape
+from rlhf_ray.plan.cluster import PLENTY, ClusterShape, cluster_as_object
 from rlhf_ray.plan.data import check_data, data_lengths
 from rlhf_ray.plan.estimate import (
     StageEstimate,
@@ -78,7 +78,7 @@ class Plan:
     @property
     def together(self) -> Together | None:
         """What all stages take; None where that of one is not known."""
-        return all_stages(self.time, gpus=self.cluster.total_gpus, price=self.price)
+        return all_stages(self.time, gpus=self.cluster.total_gpus if self.named else None, price=self.price)
 
 
 def make_plan(
@@ -195,7 +195,7 @@ def suggestion_lines(suggestions: Sequence[Suggestion], overrides: Sequence[str]
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON can write it; what is not limited or not known is null."""
-    found: dict[str, Any] = _plain(asdict(plan))
+    found: dict[str, Any] = _plain(asdict(plan) | {"cluster": cluster_as_object(plan.cluster)})
     for stage, written in zip(plan.memory, found["memory"], strict=True):
         written["fits"] = stage.fits
         for role, of_role in zip(stage.roles, written["roles"], strict=True):
@@ -219,7 +219,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    return None if isinstance(value, float) and value >= PLENTY else value
+    return value
 
 
 def plan_tables(plan: Plan, *, scaling: bool) -> RenderableType:
@@ -351,7 +351,7 @@ def _groups(stage: StagePlacement) -> str:
 def _placement_lines(plan: Plan) -> list[str]:
     cluster = plan.cluster
     lines = [
-        f"placement.layout makes of {stage}: {' '.join(f'{key}={_yaml(value)}' for key, value in settings.items())}"
+        f"placement.layout makes of {stage}: {' '.join(f'{key}={yaml_text(value)}' for key, value in settings.items())}"
         for stage, settings in plan.layout.items()
     ]
     if not plan.named:
@@ -420,10 +420,6 @@ def _memory_table(stages: Sequence[StageMemory]) -> Table:
         table.add_row("", "the fullest node", "host", *[""] * len(shown), total, room)
         table.add_section()
     return table
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _gib(value: float | None) -> str:

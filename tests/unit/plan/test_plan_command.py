@@ -128,6 +128,7 @@ def test_one_unknown_stage_leaves_the_sum_unknown() -> None:
     unknown = StageEstimate("b", replace(time, iterations=None), (), "", "")
     assert all_stages([known, known], gpus=8, price=9.0) == Together(40.0, 160 / 3600, 0.4, 320 / 3600, 0.8)
     assert all_stages([known], gpus=8, price=None) == Together(20.0, 80 / 3600, None, 160 / 3600, None)
+    assert all_stages([known], gpus=None, price=9.0) == Together(20.0, 80 / 3600, 0.2, None, None)
     assert all_stages([known, unknown], gpus=8, price=9.0) is None
     assert all_stages([known, replace(known, time=None)], gpus=8, price=9.0) is None
 
@@ -229,6 +230,20 @@ def test_where_nothing_fits_nothing_is_called_the_fastest(
 def test_without_a_cluster_nothing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, PIPELINE, "--json")
     assert (code, json.loads(out)["fits"]) == (0, None)
+
+
+def test_large_figures_stand_in_json(tmp_path: Path, llama_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = supervised(tmp_path, llama_directory)
+    _, out, _ = run(capsys, file, "steps=2000000000", "--cluster", "1x8xH100-80", "--json")
+    plan = json.loads(out)
+    assert plan["time"][0]["time"]["run_s"] > 2e6
+    assert plan["together"]["run_s"] > 2e6
+    assert plan["arithmetic"][0]["passes"] == 2e9
+    assert (plan["cluster"]["cpus"], plan["cluster"]["gpus"]) == (None, 8)
+    _, out, _ = run(capsys, file, "policy.gpus=0", "--json")
+    together = json.loads(out)["together"]
+    assert together["run_s"] > 0
+    assert together["held_gpu_hours"] is None
 
 
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

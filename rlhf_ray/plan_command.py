@@ -28,8 +28,9 @@ def plan_command(
     cluster: Annotated[
         str | None,
         typer.Option(
-            metavar="NODESxGPUSxNAME-GB",
-            help="Compare with 2x8xH100-80, or 2x16xCPU-64 without GPUs.",
+            metavar="NODESxGPUSxNAME-GB[/GB]",
+            help="Compare with 2x8xH100-80, with 2x8xH100-80/1024 where nodes have 1024 GB of host memory, or with "
+            "2x16xCPU-64 without GPUs.",
             show_default=False,
         ),
     ] = None,

@@ -14,7 +14,9 @@ from rlhf_ray.plan.hardware import CORE, Device, find_gpu, measure_core
 
 PLENTY = 1_000_000.0
 """Stands for as many as are asked for."""
-_TEXT = re.compile(r"(?P<nodes>\d+)x(?P<each>\d+)x(?P<name>[A-Za-z][\w+]*)-(?P<memory>\d+(\.\d+)?)")
+_TEXT = re.compile(
+    r"(?P<nodes>\d+)x(?P<each>\d+)x(?P<name>[A-Za-z][\w+]*)-(?P<memory>\d+(\.\d+)?)(/(?P<host>\d+(\.\d+)?))?"
+)
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,28 @@ def unnamed_cluster() -> ClusterShape:
 def parse_cluster(text: str) -> ClusterShape:
     """`2x8xH100-80` as 2 nodes of 8 GPUs with 80 GiB each; `2x16xCPU-64` as 2 nodes of 16 cores and 64 GiB, no GPU.
 
+    With `/1024` behind the GPUs' memory each node has 1024 GiB of host memory; without it that is not known.
+
     Raises:
         ConfigError: it is not of this form.
     """
     found = _TEXT.fullmatch(text.strip())
-    if found is None or not all(float(found[part]) for part in ("nodes", "each", "memory")):
+    cpu = found is not None and found["name"].upper() == "CPU"
+    if (
+        found is None
+        or not all(float(found[part] or 1) for part in ("nodes", "each", "memory", "host"))
+        or (cpu and found["host"])
+    ):
         raise ConfigError(
             f"--cluster: got {text!r}, wanted NODESxGPUSxNAME-GB, such as 2x8xH100-80 for 2 nodes of 8 GPUs with "
-            "80 GB each, or 2x16xCPU-64 for 2 nodes of 16 CPU cores and 64 GB without a GPU"
+            "80 GB each, 2x8xH100-80/1024 where each has 1024 GB of host memory, or 2x16xCPU-64 for 2 nodes of 16 CPU "
+            "cores and 64 GB without a GPU"
         )
     nodes, each, memory = int(found["nodes"]), float(found["each"]), float(found["memory"])
-    if found["name"].upper() == "CPU":
+    if cpu:
         return ClusterShape(text.strip(), nodes, each, 0.0, None, memory)
-    return ClusterShape(text.strip(), nodes, PLENTY, each, memory, None, find_gpu(found["name"]))
+    host = None if found["host"] is None else float(found["host"])
+    return ClusterShape(text.strip(), nodes, PLENTY, each, memory, host, find_gpu(found["name"]))
 
 
 def this_machine() -> ClusterShape:

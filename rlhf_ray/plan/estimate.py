@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -45,6 +45,44 @@ class StageEstimate:
     def worthless(self) -> Scale | None:
         """The first of the larger sizes at which less than half of the GPUs' work counts; None: it is not reached."""
         return next((scale for scale in self.scales if scale.efficiency < HALF), None)
+
+
+@dataclass(frozen=True)
+class Together:
+    """What all stages take, one after the other.
+
+    Args:
+        run_s: seconds of all iterations.
+        gpu_hours: of the GPUs that each stage holds.
+        cost: of those; None without a price.
+        held_gpu_hours: of all GPUs of the cluster from the first stage to the last; None where none is named.
+        held_cost: of those; None without a price or a cluster.
+    """
+
+    run_s: float
+    gpu_hours: float
+    cost: float | None
+    held_gpu_hours: float | None
+    held_cost: float | None
+
+
+def all_stages(estimates: Sequence[StageEstimate], *, gpus: float | None, price: float | None) -> Together | None:
+    """What all stages take together; None where that of one is not known.
+
+    Args:
+        estimates: of every stage.
+        gpus: of the cluster; None where none is named.
+        price: of a GPU-hour.
+    """
+    run_s = gpu_hours = 0.0
+    for each in estimates:
+        if each.time is None or each.time.run_s is None or each.time.gpu_hours is None:
+            return None
+        run_s += each.time.run_s
+        gpu_hours += each.time.gpu_hours
+    held = None if gpus is None else gpus * run_s / 3600
+    cost, held_cost = (None if price is None or hours is None else price * hours for hours in (gpu_hours, held))
+    return Together(run_s, gpu_hours, cost, held, held_cost)
 
 
 def hardware(cluster: ClusterShape) -> Hardware:
@@ -109,18 +147,37 @@ def estimate_stage(
 # -------------------------------------------------------------------------------------- tables
 
 
-def time_table(estimates: Sequence[StageEstimate], price: float | None) -> Table:
-    """One column for each stage."""
+def time_table(
+    estimates: Sequence[StageEstimate], price: float | None, together: Together | None, misfits: Collection[str]
+) -> Table:
+    """One column for each stage, and one for all of several.
+
+    Args:
+        estimates: of every stage.
+        price: of a GPU-hour.
+        together: what all stages take; None where it is not known.
+        misfits: stages that do not fit the cluster.
+    """
     times = [each.time for each in estimates if each.time is not None]
+    sums = {"whole stage": "?"} if together is None else _sums(together)
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for time in times:
-        table.add_column(time.stage, justify="right")
+    for name in ("", *(time.stage for time in times), *(["together"] if len(estimates) > 1 else [])):
+        table.add_column(name, justify="right" if name else "left")
     for name, cell in _rows(price).items():
         cells = [cell(time) for time in times]
         if any(cells):
-            table.add_row(name, *cells)
+            table.add_row(name, *cells, *([sums.get(name, "")] if len(estimates) > 1 else []))
+    if misfits:
+        table.add_row("on this cluster", *("does NOT fit" if time.stage in misfits else "fits" for time in times))
     return table
+
+
+def _sums(together: Together) -> dict[str, str]:
+    return {
+        "whole stage": seconds(together.run_s),
+        "GPU-hours": _amount(together.gpu_hours),
+        "cost": "" if together.cost is None else _amount(together.cost),
+    }
 
 
 def _rows(price: float | None) -> dict[str, Callable[[StageTime], str]]:
@@ -161,6 +218,16 @@ def scaling_tables(estimates: Sequence[StageEstimate]) -> list[tuple[str, Table,
             table.add_row(*cells, scale.limit)
         tables.append((each.stage, table, f"{each.stage}: no more: {each.stops}." if each.stops else ""))
     return tables
+
+
+def held_line(together: Together, cluster: ClusterShape) -> str:
+    """What all GPUs of a cluster cost that is there for as long as the pipeline takes."""
+    assert together.held_gpu_hours is not None, "there is a cluster"
+    assert together.held_cost is not None, "there is a price"
+    return (
+        f"All {cluster.total_gpus:,.0f} GPUs of {cluster.text} held for the whole pipeline: "
+        f"{_amount(together.held_gpu_hours)} GPU-hours, cost {_amount(together.held_cost)}."
+    )
 
 
 def time_lines(estimates: Sequence[StageEstimate], *, measured: Mapping[str, int]) -> list[str]:

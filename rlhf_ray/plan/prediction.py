@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -126,7 +127,7 @@ def compared(planned: Mapping[str, Any], rows: Sequence[Row]) -> list[Compared]:
         )
     whole = [row["time/iteration_s"] - row.get("time/evaluation_s", 0.0) for row in steady if "time/iteration_s" in row]
     if planned["iteration_s"] is not None and whole:
-        found.append(Compared("iteration", None, None, planned["iteration_s"], sorted(whole)[len(whole) // 2]))
+        found.append(Compared("iteration", None, None, planned["iteration_s"], median(whole)))
     return found
 
 

@@ -17,11 +17,14 @@ from rlhf_ray.config.layouts import layout_settings
 from rlhf_ray.config.node_labels import in_words
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan.arithmetic import StageArithmetic, arithmetic, known_rows
-from rlhf_ray.plan.cluster import PLENTY, ClusterShape
+from rlhf_ray.plan.cluster import PLENTY, ClusterShape, cluster_as_object
 from rlhf_ray.plan.data import check_data, data_lengths
 from rlhf_ray.plan.estimate import (
     StageEstimate,
+    Together,
+    all_stages,
     estimate_stage,
+    held_line,
     scaling_tables,
     seconds,
     time_lines,
@@ -62,9 +65,20 @@ class Plan:
     price: float | None
 
     @property
+    def misfits(self) -> set[str]:
+        """The stages for which the cluster has no room, in workers or, as far as it is known, in memory."""
+        lacking = {each.stage for each in self.placement if each.shortage is not None}
+        return lacking | {each.stage for each in self.memory if each.fits is False}
+
+    @property
     def fits(self) -> bool:
-        """Whether the cluster has room for every stage, in workers and, as far as it is known, in memory."""
-        return all(each.shortage is None for each in self.placement) and all(m.fits is not False for m in self.memory)
+        """Whether the cluster has room for every stage."""
+        return not self.misfits
+
+    @property
+    def together(self) -> Together | None:
+        """What all stages take; None where that of one is not known."""
+        return all_stages(self.time, gpus=self.cluster.total_gpus if self.named else None, price=self.price)
 
 
 def make_plan(
@@ -181,7 +195,7 @@ def suggestion_lines(suggestions: Sequence[Suggestion], overrides: Sequence[str]
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON can write it; what is not limited or not known is null."""
-    found: dict[str, Any] = _plain(asdict(plan))
+    found: dict[str, Any] = _plain(asdict(plan) | {"cluster": cluster_as_object(plan.cluster)})
     for stage, written in zip(plan.memory, found["memory"], strict=True):
         written["fits"] = stage.fits
         for role, of_role in zip(stage.roles, written["roles"], strict=True):
@@ -196,6 +210,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "gpu_hours": time.gpu_hours,
                 "cost": None if plan.price is None or time.gpu_hours is None else plan.price * time.gpu_hours,
             }
+    found["together"] = None if plan.together is None else asdict(plan.together)
     return {"fits": plan.fits if found.pop("named") else None} | found
 
 
@@ -204,7 +219,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    return None if isinstance(value, float) and value >= PLENTY else value
+    return value
 
 
 def plan_tables(plan: Plan, *, scaling: bool) -> RenderableType:
@@ -220,8 +235,12 @@ def plan_tables(plan: Plan, *, scaling: bool) -> RenderableType:
     parts += [_heading("\nMemory of one worker at its peak, GiB"), _memory_table(plan.memory)]
     parts += [Text(line) for line in _memory_lines(plan)]
     if any(each.time is not None for each in plan.time):
-        parts += [_heading(f"\nTime of an iteration on {plan.cluster.text}"), time_table(plan.time, plan.price)]
+        misfits = plan.misfits if plan.named else ()
+        table = time_table(plan.time, plan.price, plan.together, misfits)
+        parts += [_heading(f"\nTime of an iteration on {plan.cluster.text}"), table]
         parts += [Text(line) for line in time_lines(plan.time, measured=plan.measured)]
+        if plan.named and plan.price is not None and plan.together is not None:
+            parts.append(Text(held_line(plan.together, plan.cluster)))
         for stage, table, ended in scaling_tables(plan.time) if scaling else ():
             parts += [_heading(f"\n{stage} on more GPUs, the batch unchanged"), table]
             parts += [Text(ended)] if ended else []
@@ -332,7 +351,7 @@ def _groups(stage: StagePlacement) -> str:
 def _placement_lines(plan: Plan) -> list[str]:
     cluster = plan.cluster
     lines = [
-        f"placement.layout makes of {stage}: {' '.join(f'{key}={_yaml(value)}' for key, value in settings.items())}"
+        f"placement.layout makes of {stage}: {' '.join(f'{key}={yaml_text(value)}' for key, value in settings.items())}"
         for stage, settings in plan.layout.items()
     ]
     if not plan.named:
@@ -403,10 +422,6 @@ def _memory_table(stages: Sequence[StageMemory]) -> Table:
     return table
 
 
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _gib(value: float | None) -> str:
     if value is None or 0 < value < 0.005:
         return "" if value is None else "<0.01"
@@ -439,6 +454,13 @@ def _memory_lines(plan: Plan) -> list[str]:
                 f"{stage.stage} does NOT fit: {_gib(stage.host)} GiB for a node's {_gib(stage.host_room)} GiB."
             )
             lines += [f"  what helps most: {stage.advice}"] if stage.advice else []
+    unknown = plan.named and plan.cluster.host_gib is None
     if plan.named and all(stage.fits for stage in plan.memory):
-        lines.append("Every stage has the memory that it needs.")
+        lines.append(f"Every stage has the {'GPU ' if unknown else ''}memory that it needs.")
+    if unknown:
+        most = max(plan.memory, key=lambda stage: stage.host)
+        lines.append(
+            f"Host memory of such nodes is not known: the fullest takes {_gib(most.host)} GiB ({most.stage}); "
+            f"--cluster {plan.cluster.text}/GB compares."
+        )
     return lines

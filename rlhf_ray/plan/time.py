@@ -12,8 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from rlhf_ray.config import schema
 from rlhf_ray.config.role_rules import reward_names
+from rlhf_ray.data.packing import token_budget
 from rlhf_ray.distributed.bundles import Share
 from rlhf_ray.engines.deepspeed_training import effective_stage
 from rlhf_ray.models.loading import torch_dtype
@@ -373,8 +376,8 @@ class _Work:
         return tokens * (forward * (2 if again else 1) + backward)
 
     def _passes(self, role: str, budget: int | None, tokens: float) -> int:
-        each = budget or (16384 if self._shares[role].gpus else 2048)
-        return max(1, math.ceil(tokens / each))
+        device = torch.device("cuda" if self._shares[role].gpus else "cpu")
+        return max(1, math.ceil(tokens / token_budget(budget, device)))
 
     def _parallel(self, role: str) -> int:
         """Devices that one worker computes on."""

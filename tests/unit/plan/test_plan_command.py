@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ from rlhf_ray.cli import main
 from rlhf_ray.distributed import placement
 from rlhf_ray.distributed.bundles import Share
 from rlhf_ray.distributed.nodes import Node
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.plan.cluster import parse_cluster
+from rlhf_ray.plan.data import Lengths
+from rlhf_ray.plan.estimate import StageEstimate, Together, all_stages
+from rlhf_ray.plan.time import StageTime
 
 PIPELINE = "pipelines/quickstart.yaml"
 
@@ -90,6 +96,43 @@ def test_time_cost_and_scaling(capsys: pytest.CaptureFixture[str]) -> None:
     assert "on more GPUs" not in out
 
 
+def test_all_stages_together(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (PIPELINE, "--cluster", "1x8xH100-80", "--gpu-hour-price", "1000")
+    _, out, _ = run(capsys, *asked, "--json")
+    plan = json.loads(out)
+    times, together = [each["time"] for each in plan["time"]], plan["together"]
+    for name in ("run_s", "gpu_hours", "cost"):
+        assert together[name] == pytest.approx(sum(time[name] for time in times))
+    # All eight GPUs from the first stage to the last one.
+    assert together["held_gpu_hours"] == pytest.approx(8 * together["run_s"] / 3600)
+    assert together["held_cost"] == pytest.approx(1000 * together["held_gpu_hours"])
+    _, out, _ = run(capsys, *asked)
+    (cost,) = [line.split() for line in out.splitlines() if line.startswith(" cost ")]
+    assert cost[-1] == f"{together['cost']:.2f}"
+    words = " ".join(out.split())
+    assert f"All 8 GPUs of 1x8xH100-80 held for the whole pipeline: {together['held_gpu_hours']:.2f} " in words
+    assert f"GPU-hours, cost {together['held_cost']:.2f}." in words
+    assert "on this cluster" not in out
+
+
+def test_a_stage_that_does_not_fit_says_so_beside_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("ppo.policy.workers=9", "--cluster", "1x8xH100-80", "--gpu-hour-price", "1000")
+    _, out, _ = run(capsys, PIPELINE, *small)
+    (line,) = [line.split() for line in out.splitlines() if line.strip().startswith("on this cluster")]
+    assert line == ["on", "this", "cluster", "fits", "fits", "does", "NOT", "fit"]
+
+
+def test_one_unknown_stage_leaves_the_sum_unknown() -> None:
+    time = StageTime("a", Lengths(1, 0, 0), (), {"learn": 2.0}, 0.0, 10, 4)
+    known = StageEstimate("a", time, (), "", "")
+    unknown = StageEstimate("b", replace(time, iterations=None), (), "", "")
+    assert all_stages([known, known], gpus=8, price=9.0) == Together(40.0, 160 / 3600, 0.4, 320 / 3600, 0.8)
+    assert all_stages([known], gpus=8, price=None) == Together(20.0, 80 / 3600, None, 160 / 3600, None)
+    assert all_stages([known], gpus=None, price=9.0) == Together(20.0, 80 / 3600, 0.2, None, None)
+    assert all_stages([known, unknown], gpus=8, price=9.0) is None
+    assert all_stages([known, replace(known, time=None)], gpus=8, price=9.0) is None
+
+
 def test_a_gpu_without_figures_has_no_time(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xT4-16")
     assert "ppo: no time, there are no figures of its GPUs." in out
@@ -131,6 +174,45 @@ def test_an_option_without_effect_is_a_mistake(
     assert err.startswith(words)
 
 
+def test_host_memory_of_nodes_with_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80")
+    assert code == 0
+    assert "Every stage has the GPU memory that it needs." in out
+    line = (
+        "Host memory of such nodes is not known: the fullest takes 3.99 GiB (ppo); --cluster 1x8xH100-80/GB compares."
+    )
+    assert line in out
+    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80/4")
+    assert code == 0
+    assert "Every stage has the memory that it needs." in out
+    assert "is not known" not in out
+    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80/3.5")
+    assert code == 1
+    assert "ppo does NOT fit: 3.99 GiB for a node's 3.50 GiB." in out
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("2x8xH100-80", (2, 8, 80, None)),
+        ("2x8xH100-80/1024", (2, 8, 80, 1024)),
+        ("2x8xH100-80/1024.5", (2, 8, 80, 1024.5)),
+        ("2x16xCPU-64", (2, 0, None, 64)),
+    ],
+)
+def test_a_cluster_in_words(text: str, found: tuple[float | None, ...]) -> None:
+    shape = parse_cluster(text)
+    assert (shape.nodes, shape.gpus, shape.gpu_gib, shape.host_gib) == found
+
+
+@pytest.mark.parametrize("text", ["2x8xH100-80/", "2x8xH100-80/0", "2x8xH100/1024", "2x16xCPU-64/64", "2x8xH100-80/a"])
+def test_a_cluster_that_is_none(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"wanted NODESxGPUSxNAME-GB.*2x8xH100-80/1024 where each has 1024 GB of host"
+    ):
+        parse_cluster(text)
+
+
 def test_where_nothing_fits_nothing_is_called_the_fastest(
     tmp_path: Path, llama_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +230,20 @@ def test_where_nothing_fits_nothing_is_called_the_fastest(
 def test_without_a_cluster_nothing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, PIPELINE, "--json")
     assert (code, json.loads(out)["fits"]) == (0, None)
+
+
+def test_large_figures_stand_in_json(tmp_path: Path, llama_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = supervised(tmp_path, llama_directory)
+    _, out, _ = run(capsys, file, "steps=2000000000", "--cluster", "1x8xH100-80", "--json")
+    plan = json.loads(out)
+    assert plan["time"][0]["time"]["run_s"] > 2e6
+    assert plan["together"]["run_s"] > 2e6
+    assert plan["arithmetic"][0]["passes"] == 2e9
+    assert (plan["cluster"]["cpus"], plan["cluster"]["gpus"]) == (None, 8)
+    _, out, _ = run(capsys, file, "policy.gpus=0", "--json")
+    together = json.loads(out)["together"]
+    assert together["run_s"] > 0
+    assert together["held_gpu_hours"] is None
 
 
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

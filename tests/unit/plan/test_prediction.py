@@ -64,6 +64,11 @@ def test_roles_beside_their_plan() -> None:
     assert ["policy", "1.00", "1.50", "1.50", "2.0", "s", "1.5", "s", "0.75"] in lines
 
 
+def test_an_iteration_between_two_is_their_mean() -> None:
+    rows = [row(1, 1), row(2, 1), row(3, 2)]
+    assert compared(PLANNED, rows)[-1] == Compared("iteration", None, None, 4.0, 7.5)
+
+
 def test_a_stage_without_an_iteration_has_nothing_to_compare() -> None:
     assert compared(PLANNED, [row(0, 1)]) == []
 

@@ -432,6 +432,17 @@ def test_slurm_requeues_what_is_stopped_before_there_is_a_driver(
     assert list((tmp_path / "home").iterdir()) == []
 
 
+def test_slurm_requeues_a_driver_that_the_signal_killed(stage: dict[str, str], tmp_path: Path) -> None:
+    """It dies of it while it still imports; symmetric-run then ends with -15, which a shell sees as 241."""
+    command = ["bash", str(CLUSTER / "slurm/run.sbatch")]
+    with subprocess.Popen(command, env=stage | {"MODE": "wait", "STOPPED": "241"}) as job:
+        wait_for(tmp_path / "ready")
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=30) == 143
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
+    assert run_script("slurm/run.sbatch", env=stage | {"CODE": "241"}).returncode == 241
+
+
 def test_slurm_forgets_the_driver_of_an_earlier_try(stage: dict[str, str], tmp_path: Path) -> None:
     """Its number may be another process's by now."""
     with subprocess.Popen(["sleep", "30"]) as other:

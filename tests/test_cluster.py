@@ -531,6 +531,23 @@ def test_a_rendered_manifest_is_valid(
     assert problems("kuberay/rayjob.yaml", rendered(capsys, *RENDERED[case], "--kuberay")) == []
 
 
+def test_the_small_cluster_of_the_readme_has_no_gpus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    (cluster,) = re.findall(r"with `(--cluster \S+CPU\S+)` the quickstart asks for\none pod of 8 cores", README)
+    text = rendered(capsys, "pipelines/quickstart.yaml", "--kuberay", *cluster.split())
+    (group,) = read_yaml(text)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert (group["replicas"], container["resources"]["limits"]["cpu"]) == (1, "8")
+    assert container["image"].endswith("-cpu")
+    assert "nvidia.com/gpu" not in text
+    text = rendered(capsys, "pipelines/quickstart.yaml", "--kuberay")
+    groups = read_yaml(text)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in groups]
+    assert [each["nvidia.com/gpu"] for each in limits if "nvidia.com/gpu" in each] == ["1"] * 5
+
+
 def test_kuberay_takes_what_is_rendered(
     crds: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

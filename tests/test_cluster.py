@@ -432,6 +432,17 @@ def test_slurm_requeues_what_is_stopped_before_there_is_a_driver(
     assert list((tmp_path / "home").iterdir()) == []
 
 
+def test_slurm_requeues_a_driver_that_the_signal_killed(stage: dict[str, str], tmp_path: Path) -> None:
+    """It dies of it while it still imports; symmetric-run then ends with -15, which a shell sees as 241."""
+    command = ["bash", str(CLUSTER / "slurm/run.sbatch")]
+    with subprocess.Popen(command, env=stage | {"MODE": "wait", "STOPPED": "241"}) as job:
+        wait_for(tmp_path / "ready")
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=30) == 143
+    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
+    assert run_script("slurm/run.sbatch", env=stage | {"CODE": "241"}).returncode == 241
+
+
 def test_slurm_forgets_the_driver_of_an_earlier_try(stage: dict[str, str], tmp_path: Path) -> None:
     """Its number may be another process's by now."""
     with subprocess.Popen(["sleep", "30"]) as other:
@@ -518,6 +529,23 @@ def test_a_rendered_manifest_is_valid(
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert problems("kuberay/rayjob.yaml", rendered(capsys, *RENDERED[case], "--kuberay")) == []
+
+
+def test_the_small_cluster_of_the_readme_has_no_gpus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    (cluster,) = re.findall(r"with `(--cluster \S+CPU\S+)` the quickstart asks for\none pod of 8 cores", README)
+    text = rendered(capsys, "pipelines/quickstart.yaml", "--kuberay", *cluster.split())
+    (group,) = read_yaml(text)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert (group["replicas"], container["resources"]["limits"]["cpu"]) == (1, "8")
+    assert container["image"].endswith("-cpu")
+    assert "nvidia.com/gpu" not in text
+    text = rendered(capsys, "pipelines/quickstart.yaml", "--kuberay")
+    groups = read_yaml(text)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in groups]
+    assert [each["nvidia.com/gpu"] for each in limits if "nvidia.com/gpu" in each] == ["1"] * 5
 
 
 def test_kuberay_takes_what_is_rendered(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import ray
 from ray._private.state import available_resources_per_node
 
-from rlhf_ray.distributed.bundles import NodeShare
-from rlhf_ray.distributed.placement import Capacity, Cluster, Share
+from rlhf_ray.distributed.bundles import Capacity, NodeShare, Share
+from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.errors import ConfigError
 
 if TYPE_CHECKING:

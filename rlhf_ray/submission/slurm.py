@@ -81,7 +81,8 @@ if [ -n "$stopped" ]; then
     code=$?
 fi
 
-if [ -n "$early" ]; then
+# 241 is -15: the driver had not yet learned to take the signal.
+if [ -n "$early" ] || [ "$stopped$code" = 1241 ]; then
     code=143
 fi
 if [ "$code" = 143 ]; then

@@ -535,7 +535,9 @@ def test_the_small_cluster_of_the_readme_has_no_gpus(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    (cluster,) = re.findall(r"with `(--cluster \S+CPU\S+)` the quickstart asks for\none pod of 8 cores", README)
+    (cluster,) = re.findall(
+        r"with `(--cluster \S+CPU\S+)`\s+the\s+quickstart\s+asks\s+for\s+one\s+pod\s+of\s+8\s+cores", README
+    )
     text = rendered(capsys, "pipelines/quickstart.yaml", "--kuberay", *cluster.split())
     (group,) = read_yaml(text)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]

@@ -7,7 +7,7 @@ import pytest
 from rlhf_ray.distributed import placement
 from rlhf_ray.distributed.bundles import Capacity, NodeShare, RoleRequest, Share, fit
 from rlhf_ray.distributed.connection import Slot
-from rlhf_ray.distributed.placement import Cluster, worker_environment
+from rlhf_ray.distributed.placement import Cluster, Growth, worker_environment
 from rlhf_ray.distributed.rendezvous import Meeting, environment
 from rlhf_ray.errors import ConfigError, PlacementError
 
@@ -85,6 +85,26 @@ def test_idle_engines_end_before_others_share_a_gpu(engines: int, workers: int, 
     found = Cluster("local")._fit(connection, [RoleRequest("reference", workers)])  # type: ignore[arg-type]
     assert found.workers["reference"] == Share(1, 1 if workers < 3 else 0.5)
     assert len(connection.idle) == kept
+
+
+def test_room_that_is_not_there_yet_is_looked_for_once_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[object] = []
+    monkeypatch.setattr(placement, "is_placed", lambda group: bool(looks.append(group)))
+    monkeypatch.setattr(placement, "_NEW_ROOM_S", -1.0)
+    share = Share(1, 0)
+    asked = [Slot(name, 0, share, share) for name in ("a", "b")]  # type: ignore[arg-type]
+    growth = Growth[object](
+        None,  # type: ignore[arg-type]
+        "generator",
+        ready=[],
+        asked=asked,
+        lacking=0,
+        deadline_s=60.0,
+    )
+    growth.build()
+    growth.build()
+    assert looks == ["a", "b", "a", "b"]
+    assert growth.missing == 2
 
 
 def test_two_ranks_of_one_group_do_not_share_a_gpu() -> None:

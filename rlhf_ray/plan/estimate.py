@@ -190,7 +190,7 @@ def _rows(price: float | None) -> dict[str, Callable[[StageTime], str]]:
     return {
         "row, tokens (mean)": lambda time: f"{time.lengths.row:,.0f}",
         "longest response": lambda time: f"{time.lengths.longest:,.0f}" if time.lengths.longest else "",
-        **{name: phase(name) for name in ("generate", "score", "learn", "sync", "driver")},
+        **{name: phase(name) for name in ("generate", "score", "learn", "turns", "sync", "driver")},
         "of which overlaps": lambda time: seconds(time.hidden_s) if time.hidden_s else "",
         "iteration": lambda time: seconds(time.iteration_s),
         "whole stage": lambda time: "?" if time.run_s is None else seconds(time.run_s),

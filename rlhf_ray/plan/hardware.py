@@ -28,6 +28,7 @@ class Device:
         link: GB/s in each direction to another of its node.
         network: GB/s in each direction to another node.
         gib: of memory; None for a core.
+        host: GB/s in each direction between a GPU and its node's memory: its PCI Express slot of 16 lanes.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Device:
     link: float
     network: float
     gib: float | None = None
+    host: float = 32
 
     def flops(self, dtype: schema.DType) -> float:
         """FLOP/s at its peak."""
@@ -46,17 +48,17 @@ class Device:
 GPUS = {
     device.name: device
     for device in (
-        Device("B200", bfloat16=2250, float32=75, memory=8000, link=900, network=50, gib=180),
-        Device("H200", bfloat16=989, float32=67, memory=4800, link=450, network=50, gib=141),
-        Device("H100", bfloat16=989, float32=67, memory=3350, link=450, network=50, gib=80),
-        Device("H20", bfloat16=148, float32=44, memory=4000, link=450, network=50, gib=96),
+        Device("B200", bfloat16=2250, float32=75, memory=8000, link=900, network=50, gib=180, host=64),
+        Device("H200", bfloat16=989, float32=67, memory=4800, link=450, network=50, gib=141, host=64),
+        Device("H100", bfloat16=989, float32=67, memory=3350, link=450, network=50, gib=80, host=64),
+        Device("H20", bfloat16=148, float32=44, memory=4000, link=450, network=50, gib=96, host=64),
         Device("A100", bfloat16=312, float32=19.5, memory=2039, link=300, network=25, gib=80),
         Device("L40S", bfloat16=362, float32=91.6, memory=864, link=32, network=12.5, gib=48),
         Device("L4", bfloat16=121, float32=30.3, memory=300, link=32, network=3.1, gib=24),
         Device("RTX4090", bfloat16=165, float32=82.6, memory=1008, link=32, network=1.25, gib=24),
         Device("RTX3090", bfloat16=71, float32=35.6, memory=936, link=32, network=1.25, gib=24),
-        Device("MI300X", bfloat16=1307, float32=163, memory=5300, link=448, network=50, gib=192),
-        Device("MI325X", bfloat16=1307, float32=163, memory=6000, link=448, network=50, gib=256),
+        Device("MI300X", bfloat16=1307, float32=163, memory=5300, link=448, network=50, gib=192, host=64),
+        Device("MI325X", bfloat16=1307, float32=163, memory=6000, link=448, network=50, gib=256, host=64),
     )
 }
 CORE = Device("CPU core", bfloat16=0.15, float32=0.1, memory=10, link=5, network=1.25)

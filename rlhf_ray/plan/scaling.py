@@ -97,6 +97,8 @@ def _limit(base: StageTime, time: StageTime, factor: int) -> str:
     few = longest.rows < longest.workers
     if phase == "generate":
         return f"fewer prompts ({longest.rows:,}) than generators" if few else "generation tail: the longest response"
+    if phase == "turns":
+        return "turns: bytes to host memory and back"
     if phase == "sync":
         return "sync: bytes over the network" if longest.waiting > longest.seconds / 2 else "sync: loading the weights"
     if longest.waiting > longest.seconds / 2:

@@ -23,6 +23,7 @@ from rlhf_ray.models.loading import torch_dtype
 from rlhf_ray.plan.arithmetic import StageArithmetic, longest_row
 from rlhf_ray.plan.data import Lengths
 from rlhf_ray.plan.hardware import Device
+from rlhf_ray.plan.memory import learner_parts
 from rlhf_ray.plan.networks import Kind, Network, model_config, network
 from rlhf_ray.trainers.ppo import optimizer_steps
 from rlhf_ray.trainers.sampling import chunk_sizes
@@ -34,7 +35,7 @@ TRAINING_EFFICIENCY = 0.4
 MEMORY_EFFICIENCY = 0.7
 """Share of the bandwidth to memory that decoding and the optimizer reach; an assumption."""
 LINK_EFFICIENCY = 0.7
-"""Share of the bandwidth between devices that collectives and syncs reach; an assumption."""
+"""Share of the bandwidth between devices that collectives and syncs reach, and copies to the host; an assumption."""
 LAYER_S = 2e-4
 """Least seconds of one layer in a forward pass, in which its kernels are started; an assumption."""
 DECODED_LAYER_S = 1e-4
@@ -81,7 +82,7 @@ class Task:
     """What one role does in an iteration.
 
     Args:
-        phase: generate, score, learn or sync.
+        phase: generate, score, learn, turns or sync.
         role: who does it.
         name: as in the metrics, `time/<name>_s`; of the sync `sync`.
         seconds: of its slowest worker, with the device to itself.
@@ -323,7 +324,36 @@ class _Work:
         task = self._task("sync", "generator", "sync", seconds, rows=generator.workers, waiting=way)
         return replace(task, workers=1 if on_gpu else self.workers["generator"])
 
+    def turns(self) -> list[Task]:
+        """What leaves the GPUs for host memory and comes back, once each; as `trainers.turns` has it.
+
+        An engine that sleeps keeps its weights only beside adapters: else a sync brings them.
+        """
+        stage, tasks = self._stage, []
+        for role in ("policy", "critic"):
+            if role in self._shares and self._shares[role].gpus and role_settings(stage, role).offload:
+                settings = role_settings(stage, role)
+                net = self._net(
+                    settings.model, settings.revision, self._kind(role), settings.dtype, role, settings.lora
+                )
+                parts, _ = learner_parts(net, settings, workers=settings.workers, tokens=1, device="cuda")
+                moved = parts["weights"] + parts["gradients"] + parts["optimizer"]
+                tasks += self._moves(role, ("offload", "reload"), moved)
+        if stage.generator.sleep and self._shares["generator"].gpus:
+            net = self._net(None, None, "language_model", stage.generator.dtype, "generator")
+            weights = net.parameters * torch_dtype(stage.generator.dtype).itemsize / stage.generator.tensor_parallel
+            tasks += self._moves("generator", ("sleep", "wake"), 0.0 if stage.policy.lora is None else weights)
+        return tasks
+
     # ------------------------------------------------------------------------------------- work
+
+    def _moves(self, role: str, methods: Sequence[str], nbytes: float) -> list[Task]:
+        """Calls that each move so many bytes between every GPU of a role and host memory."""
+        seconds = nbytes / (LINK_EFFICIENCY * 1e9 * self._device(role).host)
+        return [
+            self._task("turns", role, f"{role}_{method}", seconds, rows=self.workers[role], waiting=seconds)
+            for method in methods
+        ]
 
     def _step(self, net: Network, role: str, settings: schema.Learner, rows: int) -> tuple[float, float]:
         """Seconds of one optimizer step: those of a worker, and those of the collectives."""
@@ -444,7 +474,7 @@ def _ppo(work: _Work, stage: schema.Ppo, numbers: StageArithmetic) -> list[Task]
         tasks.append(work.judgement("critic" if critic.kind == "network" else "policy", samples, "values"))
     for role in optimizer_steps(stage):
         tasks.append(work.update(role, numbers.mini_batches, epochs=stage.epochs, together=1))
-    return [*tasks, work.sync()]
+    return [*tasks, *work.turns(), work.sync()]
 
 
 def _supervised(work: _Work, stage: Any, numbers: StageArithmetic) -> list[Task]:
@@ -498,6 +528,8 @@ def _hidden(
             generate = phases["generate"]
             if stage.staleness:
                 return min(generate, score + learn)
+            if stage.generator.sleep or any(role_settings(stage, role).offload for role in optimizer_steps(stage)):
+                return 0.0
             own = math.ceil(stage.prompts_per_iteration / workers["generator"]) * stage.sampling.samples_per_prompt
             pieces = len(chunk_sizes(stage, own))
             return min(score * (1 - 1 / pieces), generate * (1 - 1 / pieces))

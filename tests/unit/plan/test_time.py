@@ -155,6 +155,42 @@ def test_roles_that_share_devices_take_turns() -> None:
     assert together.hidden_s == 0
 
 
+def test_turns_move_what_leaves_the_gpu() -> None:
+    hardware = replace(HARDWARE, gpu=replace(SLOW, host=0.5))
+    stays = timed(ppo(), gpu=True, hardware=hardware)
+    turns = timed(
+        ppo(policy={"model": "m", "offload": True}, critic={"offload": True}, generator={"sleep": True}),
+        gpu=True,
+        hardware=hardware,
+    )
+    assert "turns" not in stays.phases
+    # Weights and gradients in float32 and two moments of AdamW, once away and once back.
+    once = 1.2e6 * (4 + 4 + 8) / (0.7 * 0.5e9)
+    found = by_name(turns)
+    for name in ("policy_offload", "policy_reload", "critic_offload", "critic_reload"):
+        assert found[name] == pytest.approx(once)
+    # An engine's weights come anew by the sync.
+    assert (found["generator_sleep"], found["generator_wake"]) == (0, 0)
+    assert turns.phases["turns"] == pytest.approx(2 * once)
+    # A batch is sampled before it is judged.
+    assert turns.hidden_s == 0
+    assert turns.iteration_s > stays.iteration_s + stays.hidden_s + turns.phases["turns"]
+
+
+def test_an_engine_with_adapters_keeps_its_weights_in_host_memory() -> None:
+    hardware = replace(HARDWARE, gpu=replace(SLOW, host=0.5))
+    found = by_name(
+        timed(ppo(policy={"model": "m", "lora": {}}, generator={"sleep": True}), gpu=True, hardware=hardware)
+    )
+    assert found["generator_sleep"] == found["generator_wake"] == pytest.approx(1.2e6 * 4 / (0.7 * 0.5e9))
+
+
+def test_on_a_cpu_nothing_is_moved() -> None:
+    found = timed(ppo(policy={"model": "m", "offload": True}, generator={"sleep": True}))
+    assert "turns" not in found.phases
+    assert found.hidden_s == 0
+
+
 def test_staleness_hides_the_shorter_of_sampling_and_learning() -> None:
     found = timed(ppo(staleness=1))
     rest = found.phases["score"] + found.phases["learn"]

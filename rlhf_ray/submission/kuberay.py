@@ -22,8 +22,9 @@ from typing import Any
 
 import yaml
 
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.submission.nodes import NodeGroup, node_groups, on_groups
+from rlhf_ray.errors import ConfigError, UserError
+from rlhf_ray.plan.cluster import parse_cluster
+from rlhf_ray.submission.nodes import GIB_PER_GPU, NodeGroup, node_groups, on_groups, with_planned_memory
 from rlhf_ray.submission.order import Order
 from rlhf_ray.submission.upload import SHOWN, Upload, contents, in_words, job_metadata, job_words, prepare
 
@@ -65,6 +66,12 @@ def render_job(order: Order, *, cluster: str | None, image: str | None, claim: s
     config = order.load(elsewhere=[Path(MOUNT)])
     run_dir = run_dir_of(config.run_dir)
     groups = node_groups(config, cluster)
+    unplanned = ""
+    if cluster is None or parse_cluster(cluster).host_gib is None:
+        try:
+            groups = with_planned_memory(config, groups)
+        except UserError as error:
+            unplanned = f"memory of the pods: {GIB_PER_GPU} GiB for each GPU, since there is no plan here: {error}"
     here = on_groups(config, groups).model_copy(update={"run_dir": run_dir})
     packed = pack(prepare(here, pipeline_dir=order.pipeline.resolve().parent, shared=[Path(MOUNT)]))
     own = version("rlhf_ray")
@@ -86,6 +93,7 @@ def render_job(order: Order, *, cluster: str | None, image: str | None, claim: s
         *(f"workers{_whose(group)}: {group.nodes.in_words()}" for group in groups),
         f"head: {_HEAD_CPUS} CPU cores and {_HEAD_GIB} GiB",
         f"run_dir: {run_dir}, on the volume of the claim {claim or CLAIM}",
+        *([unplanned] if unplanned else []),
         *([f"image: {image} has to be changed, or named by --image"] if image.startswith(PLACEHOLDER) else []),
     ]
     print("\n".join(notes), file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_ray.config.layouts import roles_of, with_setting
 from rlhf_ray.config.schema import Pipeline
@@ -14,6 +14,7 @@ from rlhf_ray.distributed.bundles import RoleRequest, Share, count, reservations
 from rlhf_ray.errors import ConfigError, PlacementError
 from rlhf_ray.plan.cluster import ClusterShape, parse_cluster, unnamed_cluster
 from rlhf_ray.plan.placement import place, plan_placement, stage_phases
+from rlhf_ray.plan.report import make_plan
 
 GPUS_PER_NODE = 8
 """Of nodes that nobody has described."""
@@ -23,6 +24,8 @@ GIB_PER_GPU = 64
 ROLE_LABEL = "rlhf-ray/role"
 """Label of the nodes of a group."""
 _GIB_PER_CPU = 8
+_SPARE, _RAY_GIB = 1.25, 4
+"""Host memory beyond what is planned: a share of that, and what Ray's own processes and objects take."""
 _NAME_LENGTH = 24
 
 
@@ -83,8 +86,8 @@ def nodes_for(config: Pipeline, cluster: str | None) -> Nodes:
 
     Args:
         config: the pipeline.
-        cluster: NODESxGPUSxNAME-GB, as `plan` takes it; None: a GPU for every worker that may have one, on nodes of
-            at most GPUS_PER_NODE.
+        cluster: NODESxGPUSxNAME-GB, as `plan` takes it, also with the host memory; None: a GPU for every worker that
+            may have one, on nodes of at most GPUS_PER_NODE.
 
     Raises:
         ConfigError: the described nodes, or any, are too few or too small.
@@ -141,6 +144,28 @@ def on_groups(config: Pipeline, groups: Sequence[NodeGroup]) -> Pipeline:
                 )
             config = with_setting(config, ("stages", index, *path, "node_labels"), labels[role])
     return config
+
+
+def with_planned_memory(config: Pipeline, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
+    """The groups, with more host memory for each node where the plan has more on it.
+
+    Raises:
+        UserError: data or a model cannot be read here, so that there is no plan.
+    """
+    plan = make_plan(config, unnamed_cluster(), named=False)
+    found = []
+    for group in groups:
+        needs = 0.0
+        for placement, memory in zip(plan.placement, plan.memory, strict=True):
+            of_stage = 0.0
+            for placed, role in zip(placement.roles, memory.roles, strict=True):
+                if not group.roles or role.role in group.roles:
+                    own = role.host + (role.total if role.device == "host" else 0.0)
+                    of_stage += math.ceil(placed.workers / group.nodes.count) * own
+            needs = max(needs, of_stage)
+        gib = max(group.nodes.memory_gib, math.ceil(_SPARE * needs + _RAY_GIB))
+        found.append(replace(group, nodes=replace(group.nodes, memory_gib=gib)))
+    return found
 
 
 def _phases(config: Pipeline) -> list[list[RoleRequest]]:
@@ -201,7 +226,7 @@ def _nodes(shape: ClusterShape, phases: Sequence[Sequence[RoleRequest]], strateg
         assert shape.host_gib is not None, "nodes without GPUs are described by their memory"
         return Nodes(shape.nodes, 0, int(shape.cpus), int(shape.host_gib))
     cpus = max(CPUS_PER_GPU * int(shape.gpus), math.ceil(taken))
-    return Nodes(shape.nodes, int(shape.gpus), cpus, GIB_PER_GPU * int(shape.gpus))
+    return Nodes(shape.nodes, int(shape.gpus), cpus, int(shape.host_gib or GIB_PER_GPU * shape.gpus))
 
 
 def _most_cpus(requests: Sequence[RoleRequest], shape: ClusterShape, strategy: str) -> float:

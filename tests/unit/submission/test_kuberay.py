@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 from rlhf_ray.cli import main
 from rlhf_ray.config.load import dump_pipeline, load_pipeline
@@ -19,7 +20,7 @@ from rlhf_ray.distributed.bundles import Capacity, NodeShare, assign, fit, reser
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plan.placement import stage_requests
 from rlhf_ray.submission.kuberay import LIMIT_BYTES, PACKED, job_name, pack, run_dir_of, unpack_into
-from rlhf_ray.submission.nodes import Nodes, node_groups, nodes_for, on_groups
+from rlhf_ray.submission.nodes import Nodes, node_groups, nodes_for, on_groups, with_planned_memory
 from rlhf_ray.submission.upload import Item, Upload, contents
 from tests.cluster_files import REPOSITORY, ray_command_problems
 from tests.unit.test_submit import PIPELINE, exit_code, project, refusal, runs
@@ -206,6 +207,24 @@ def test_every_stage_fits_on_the_groups(layout: str, workers: int) -> None:
         for group, places in reserved:
             for bundle, node in zip(group, places, strict=True):
                 assert nodes[node].labels == {"rlhf-ray/role": re.sub("[^a-z]", "-", bundle[0].role)}
+
+
+def test_nodes_have_the_memory_that_is_planned(tmp_path: Path) -> None:
+    """A critic of 6.6e9 weights with 16 bytes of each in host memory: 98.5 GiB, and half a one for its process."""
+    LlamaConfig().save_pretrained(tmp_path / "model")
+    (tmp_path / "p.yaml").write_text(
+        "run_dir: runs/a\nmethod: ppo\niterations: 1\n"
+        f"policy: {{model: {tmp_path}/model}}\ncritic: {{zero: 1, cpu_offload: true}}\n"
+        "reward: [{kind: function, function: 'json:loads'}]\n"
+        "data: {train: 'synthetic:reviews'}\n"
+    )
+    config = load_pipeline(tmp_path / "p.yaml")
+    groups = {group.name: group.nodes for group in with_planned_memory(config, node_groups(config, None))}
+    assert groups["critic"] == Nodes(1, 1, 8, 128)
+    assert groups["reference"] == Nodes(1, 1, 8, 64)
+    (all_roles,) = with_planned_memory(config, node_groups(config, "1x8xA-80"))
+    assert all_roles.nodes == Nodes(1, 8, 64, 512)
+    assert nodes_for(config, "1x8xA-80/1024") == Nodes(1, 8, 64, 1024)
 
 
 def test_labels_of_nodes_that_are_not_there_are_refused() -> None:

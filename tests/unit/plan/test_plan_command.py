@@ -174,21 +174,25 @@ def test_an_option_without_effect_is_a_mistake(
     assert err.startswith(words)
 
 
-def test_host_memory_of_nodes_with_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80")
+def test_host_memory_of_nodes_with_gpus(
+    tmp_path: Path, llama_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = supervised(tmp_path, llama_directory)
+    code, out, _ = run(capsys, file, "--cluster", "1x8xH100-80")
     assert code == 0
     assert "Every stage has the GPU memory that it needs." in out
+    # The driver's GiB, and 0.53 of a worker with a model of some kB.
     line = (
-        "Host memory of such nodes is not known: the fullest takes 3.99 GiB (ppo); --cluster 1x8xH100-80/GB compares."
+        "Host memory of such nodes is not known: the fullest takes 1.53 GiB (sft); --cluster 1x8xH100-80/GB compares."
     )
     assert line in out
-    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80/4")
+    code, out, _ = run(capsys, file, "--cluster", "1x8xH100-80/1.6")
     assert code == 0
     assert "Every stage has the memory that it needs." in out
     assert "is not known" not in out
-    code, out, _ = run(capsys, PIPELINE, "--cluster", "1x8xH100-80/3.5")
+    code, out, _ = run(capsys, file, "--cluster", "1x8xH100-80/1.5")
     assert code == 1
-    assert "ppo does NOT fit: 3.99 GiB for a node's 3.50 GiB." in out
+    assert "sft does NOT fit: 1.53 GiB for a node's 1.50 GiB." in out
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def submit_command(
     cluster: Annotated[
         str | None,
         typer.Option(
-            metavar="NODESxGPUSxNAME-GB",
+            metavar="NODESxGPUSxNAME-GB[/GB]",
             help="Nodes of --kuberay and --slurm, as for `plan`; else the fewest with a GPU for every worker, which "
             "--kuberay asks for in a group for each role.",
             show_default=False,

@@ -20,6 +20,7 @@ import pytest
 from rlhf_ray.cli import main
 from rlhf_ray.config.load import run_files
 from rlhf_ray.config.schema import Pipeline
+from rlhf_ray.distributed import jobs
 from rlhf_ray.distributed.tracing import Activity
 from rlhf_ray.status import status_rows
 from rlhf_ray.trainers.run import RunFolder
@@ -48,7 +49,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def dashboard() -> Iterator[Dashboard]:
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
+    # How soon a silent one is given up is not the question here, and the machine may be busy.
+    monkeypatch.setattr(jobs, "PROBE_S", 20.0)
     with serving(Dashboard(token=TOKEN)) as server:
         yield server
 
@@ -196,6 +199,11 @@ def test_a_run_by_its_folder(
     dashboard.logs = {"a-1": "the first\n", "a-2": "the second\n", "b": "another\n"}
     assert exit_code("logs", asked, "--address", dashboard.address) == 0
     assert capsys.readouterr().out == "the second\n"
+
+
+def test_no_run_by_another_folder(project: Path, dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    dashboard.jobs = [job("a-1", "RUNNING", start_time=1000)]
+    dashboard.jobs[0]["metadata"]["run_dir"] = "~/runs/a"
     for other in ("a", "/runs", "runs", "runs/a/b", "~", "/"):
         assert "has no run" in refusal(capsys, "logs", other, "--address", dashboard.address)
 
@@ -236,9 +244,9 @@ def test_the_status_of_a_run_that_goes_on(
     dashboard.files = {"job-driver-a-1.note.json": json.dumps(asdict(written()))}
     assert exit_code("status", "a-1", "--address", dashboard.address) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    phase = r"ppo \(stage 2 of 2\): iteration 3 of 9 done; now policy: update for [45] s"
+    phase = r"ppo \(stage 2 of 2\): iteration 3 of 9 done; now policy: update for \d+ s"
     assert re.fullmatch(phase, lines["phase"])
-    assert re.fullmatch(r"1 min [56] s ago \| reward 0.500 \| KL 1.25 nats", lines["progress"])
+    assert re.fullmatch(r"1 min \d+ s ago \| reward 0.500 \| KL 1.25 nats", lines["progress"])
     assert lines["slowest"] == "policy rank 1: update 7.0 s, the others of its role 4.5 s"
     # A later job of the same run has written it.
     dashboard.jobs = [job("a-1", "STOPPED", start_time=1000, end_time=2000, driver_node_id="n1")]

@@ -129,7 +129,12 @@ def outcome(name: str, command: Sequence[str], *, log: Path, deadline_s: float, 
     with (
         log.open("wb") as errors,
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=child_environment(), text=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=child_environment(name),
+            text=True,
         ) as process,
     ):
 
@@ -160,8 +165,11 @@ def outcome(name: str, command: Sequence[str], *, log: Path, deadline_s: float, 
     return Outcome(name, figures=tuple(Figure(**values) for values in answer["figures"]))
 
 
-def child_environment() -> dict[str, str]:
-    """This environment, with the threads, memory allocator and devices of our workers, so that floors have them too."""
+def child_environment(name: str) -> dict[str, str]:
+    """This environment, with the threads, memory allocator and devices of our workers, so that floors have them too.
+
+    The benchmark of the driver has the memory allocator as a driver has it.
+    """
     large = str(256 << 20)
     pinned = {
         "OMP_NUM_THREADS": "1",
@@ -169,8 +177,7 @@ def child_environment() -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
-        "MALLOC_MMAP_THRESHOLD_": large,
-        "MALLOC_TRIM_THRESHOLD_": large,
+        **({} if name == "driver" else {"MALLOC_MMAP_THRESHOLD_": large, "MALLOC_TRIM_THRESHOLD_": large}),
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
         "PYTHONUNBUFFERED": "1",

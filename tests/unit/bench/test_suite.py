@@ -76,8 +76,18 @@ child.wait()"""
 
 def test_floors_have_the_settings_of_our_workers() -> None:
     ours = worker_environment(Share(1.0, 0.0), {})
-    found = child_environment()
+    found = child_environment("learn")
     assert {name: found[name] for name in ours} == ours
+
+
+def test_the_driver_has_the_allocator_of_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver's own is not changed by a run; how its memory grows depends on it."""
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    assert set(child_environment("learn")) - set(child_environment("driver")) == {
+        "MALLOC_MMAP_THRESHOLD_",
+        "MALLOC_TRIM_THRESHOLD_",
+    }
 
 
 def test_every_benchmark_is_in_the_suite() -> None:

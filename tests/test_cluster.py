@@ -346,6 +346,15 @@ def test_a_driver_that_stays_is_reported(stage: dict[str, str], tmp_path: Path) 
     assert f"process {deaf.pid} is still there" in result.stderr
 
 
+def signalled(script: Path, folder: Path, environment: dict[str, str]) -> int:
+    """The exit code of a script that gets SIGTERM once its stubs are where it is wanted; they see that it is sent."""
+    with subprocess.Popen(["bash", str(script)], env=environment) as job:
+        wait_for(folder / "ready")
+        job.send_signal(signal.SIGTERM)
+        (folder / "sent").touch()
+        return job.wait(timeout=30)
+
+
 def slurm_script(folder: Path, run_dir: str, *, secrets: Sequence[str] = ()) -> Path:
     """A rendered script whose words have spaces and quotes in them."""
     text = batch_script(
@@ -391,10 +400,7 @@ def test_slurm_stops_the_driver_ahead_of_the_limit_requeues_and_resumes(stage: d
     runs = tmp_path / "a run"
     script = slurm_script(tmp_path, str(runs))
     assert slurm_problems(script.read_text()) == []
-    with subprocess.Popen(["bash", str(script)], env=stage | {"MODE": "wait"}) as job:
-        wait_for(tmp_path / "ready")
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=30) == 143
+    assert signalled(script, tmp_path, stage | {"MODE": "wait"}) == 143
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
     assert list((tmp_path / "home").iterdir()) == []
@@ -409,11 +415,7 @@ def test_slurm_stops_the_driver_ahead_of_the_limit_requeues_and_resumes(stage: d
 
 
 def test_slurm_does_not_requeue_a_run_that_was_done_when_it_was_stopped(stage: dict[str, str], tmp_path: Path) -> None:
-    command = ["bash", str(CLUSTER / "slurm/run.sbatch")]
-    with subprocess.Popen(command, env=stage | {"MODE": "wait", "STOPPED": "0"}) as job:
-        wait_for(tmp_path / "ready")
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=30) == 0
+    assert signalled(CLUSTER / "slurm/run.sbatch", tmp_path, stage | {"MODE": "wait", "STOPPED": "0"}) == 0
     assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
@@ -422,11 +424,7 @@ def test_slurm_requeues_what_is_stopped_before_there_is_a_driver(
     moment: str, stage: dict[str, str], tmp_path: Path
 ) -> None:
     """While Slurm is asked for the nodes, and while Ray starts on them, which then ends with a code of its own."""
-    with subprocess.Popen(["bash", str(CLUSTER / "slurm/run.sbatch")], env=stage | {"MODE": moment}) as job:
-        wait_for(tmp_path / "ready")
-        job.send_signal(signal.SIGTERM)
-        (tmp_path / "sent").touch()
-        assert job.wait(timeout=30) == 143
+    assert signalled(CLUSTER / "slurm/run.sbatch", tmp_path, stage | {"MODE": moment}) == 143
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
     assert not (tmp_path / "rlhf-ray").exists()
     assert list((tmp_path / "home").iterdir()) == []
@@ -434,11 +432,7 @@ def test_slurm_requeues_what_is_stopped_before_there_is_a_driver(
 
 def test_slurm_requeues_a_driver_that_the_signal_killed(stage: dict[str, str], tmp_path: Path) -> None:
     """It dies of it while it still imports; symmetric-run then ends with -15, which a shell sees as 241."""
-    command = ["bash", str(CLUSTER / "slurm/run.sbatch")]
-    with subprocess.Popen(command, env=stage | {"MODE": "wait", "STOPPED": "241"}) as job:
-        wait_for(tmp_path / "ready")
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=30) == 143
+    assert signalled(CLUSTER / "slurm/run.sbatch", tmp_path, stage | {"MODE": "wait", "STOPPED": "241"}) == 143
     assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
     assert run_script("slurm/run.sbatch", env=stage | {"CODE": "241"}).returncode == 241
 
@@ -447,10 +441,7 @@ def test_slurm_forgets_the_driver_of_an_earlier_try(stage: dict[str, str], tmp_p
     """Its number may be another process's by now."""
     with subprocess.Popen(["sleep", "30"]) as other:
         (tmp_path / "rlhf-ray-77.pid").write_text(f"{other.pid}\n")
-        with subprocess.Popen(["bash", str(CLUSTER / "slurm/run.sbatch")], env=stage | {"MODE": "start"}) as job:
-            wait_for(tmp_path / "ready")
-            job.send_signal(signal.SIGTERM)
-            assert job.wait(timeout=30) == 143
+        assert signalled(CLUSTER / "slurm/run.sbatch", tmp_path, stage | {"MODE": "start"}) == 143
         assert other.poll() is None
         other.kill()
 

@@ -350,10 +350,11 @@ def _fit_nodes(requests: Sequence[RoleRequest], shares: Shares, nodes: Sequence[
         allowed = [node for node in nodes if all(matches(node.labels, selector) for selector in selectors)]
         if not any(piece.cpus <= node.cpus + 1e-6 and piece.gpus <= node.gpus + 1e-6 for node in allowed):
             largest = max(allowed, key=lambda node: (node.gpus, node.cpus), default=Share(0, 0))
-            there = f"the largest node has {count(largest.cpus, 'CPU')} and {count(largest.gpus, 'GPU')}"
             labels = " and ".join(dict.fromkeys(filter(None, map(in_words, selectors))))
-            if labels:
-                there = there.replace("node", "such node") if allowed else f"none of {len(nodes)} nodes is such a one"
+            kind = "such node" if labels else "node"
+            there = f"the largest {kind} has {count(largest.cpus, 'CPU')} and {count(largest.gpus, 'GPU')}"
+            if labels and not allowed:
+                there = f"none of {len(nodes)} nodes is such a one"
             raise PlacementError(
                 f"{name}: one worker needs {count(piece.cpus, 'CPU')} and {count(piece.gpus, 'GPU')} on one node"
                 f"{f' with {labels}' if labels else ''}; {there}"

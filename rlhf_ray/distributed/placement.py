@@ -49,7 +49,7 @@ from rlhf_ray.distributed.supervision import Call, wait
 from rlhf_ray.distributed.tracing import DRIVER, Recorder, Span
 from rlhf_ray.errors import PlacementError
 
-__all__ = ["Capacity", "Cluster", "Placement", "RoleRequest", "Share", "worker_environment"]
+__all__ = ["Capacity", "Cluster", "Placement", "RoleRequest", "Share"]
 
 P = ParamSpec("P")
 W = TypeVar("W")
@@ -147,7 +147,7 @@ class Cluster:
         return _connection.capacity().gpus
 
     def reserve(self, requests: Sequence[RoleRequest]) -> Placement:
-        """Room for all roles at once, in one placement group (roles with `reuse` that share no bundle apart).
+        """Room for all roles at once, in the placement groups of `reservations`.
 
         Raises:
             PlacementError: the cluster does not have it, or not within start_timeout_s; names roles, wanted and free.

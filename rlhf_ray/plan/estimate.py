@@ -14,7 +14,7 @@ from rlhf_ray.plan.cluster import PLENTY, ClusterShape
 from rlhf_ray.plan.data import Lengths
 from rlhf_ray.plan.memory import StageMemory
 from rlhf_ray.plan.placement import StagePlacement
-from rlhf_ray.plan.scaling import MOST_GPUS, Scale, scaling, too_many_learners
+from rlhf_ray.plan.scaling import MOST_GPUS, Scale, scaling
 from rlhf_ray.plan.time import Factors, Hardware, StageTime, stage_time
 
 HALF = 0.5
@@ -137,10 +137,7 @@ def estimate_stage(
         return StageEstimate(stage.name, None, (), "", "there are no figures of its GPUs")
     estimate = estimator(config, numbers, placement, memory, cluster, lengths, factors)
     roles = [role.role for role in placement.roles]
-    scales = scaling(estimate, stage, roles, most=most_gpus) if on_gpu else []
-    stops = ""
-    if scales and 0 < 2 * scales[-1].gpus <= most_gpus:
-        stops = too_many_learners(stage, 2 * scales[-1].factor, roles)
+    scales, stops = scaling(estimate, stage, roles, most=most_gpus) if on_gpu else ([], "")
     return StageEstimate(stage.name, estimate(stage), tuple(scales), stops, "")
 
 

@@ -75,6 +75,11 @@ class RoleMemory:
         return sum(self.parts.values())
 
     @property
+    def in_host_memory(self) -> float:
+        """GiB that a worker takes in its node's memory, wherever its model lies."""
+        return self.host + (self.total if self.device == "host" else 0.0)
+
+    @property
     def fits(self) -> bool | None:
         """Whether the GPU has room for it; None where that is not known."""
         return None if self.room is None else self.total <= self.room
@@ -426,9 +431,8 @@ class _Planner:
         """GiB in host memory of the node that has most."""
         each: dict[int, float] = {0: DRIVER_GIB}
         for memory, placed in zip(roles, self._placement.roles, strict=True):
-            own = memory.host + (memory.total if memory.device == "host" else 0.0)
             for node, workers in (placed.nodes or {0: placed.workers}).items():
-                each[node] = each.get(node, 0.0) + workers * own
+                each[node] = each.get(node, 0.0) + workers * memory.in_host_memory
         return max(each.values())
 
 

@@ -1,6 +1,6 @@
 """What a stage's roles ask a cluster for, the bundles that are reserved for them, and what is missing.
 
-The requests are those that the stages make, and the shares those that `distributed.placement.fit` gives.
+The requests are those that the stages make, and the shares those that `distributed.bundles.fit` gives.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rlhf_ray.distributed.bundles import (
     Share,
     Shares,
     assign,
+    count,
     fit,
     reservations,
     share_out,
@@ -195,9 +196,8 @@ def _changes(requests: Sequence[RoleRequest], cluster: ClusterShape, strategy: s
     for nodes in range(cluster.nodes + 1, MOST_NODES + 1):
         how = _fits(requests, cluster.with_nodes(nodes), strategy)
         if how is not None:
-            more = nodes - cluster.nodes
-            like = f"{more} more node{'s' if more > 1 else ''} like the largest" if cluster.running else ""
-            yield (like or f"{nodes} such nodes instead of {cluster.nodes}") + how
+            like = f"{count(nodes - cluster.nodes, 'more node')} like the largest"
+            yield (like if cluster.running else f"{nodes} such nodes instead of {cluster.nodes}") + how
             return
 
 

@@ -49,20 +49,22 @@ class Scale:
 
 def scaling(
     estimate: Callable[[schema.Stage], StageTime], stage: schema.Stage, roles: Sequence[str], *, most: int
-) -> list[Scale]:
+) -> tuple[list[Scale], str]:
     """The stage with 1, 2, 4, ... times its workers, the batch unchanged, as long as it has at most `most` GPUs.
 
-    It ends where the batch is too small, as `too_many_learners` says.
+    Where it ends earlier, since the batch is too small, the text says so; it is empty else.
     """
     base = estimate(stage)
     found = [Scale(1, base.gpus, base.iteration_s, 1.0, "")]
     factor = 2
-    while base.gpus and base.gpus * factor <= most and not too_many_learners(stage, factor, roles):
+    while base.gpus and base.gpus * factor <= most:
+        if stops := too_many_learners(stage, factor, roles):
+            return found, stops
         time = estimate(scaled(stage, factor, roles))
         efficiency = base.iteration_s / (factor * time.iteration_s)
         found.append(Scale(factor, time.gpus, time.iteration_s, efficiency, _limit(base, time, factor)))
         factor *= 2
-    return found
+    return found, ""
 
 
 def too_many_learners(stage: schema.Stage, factor: int, roles: Sequence[str]) -> str:

@@ -155,14 +155,14 @@ def with_planned_memory(config: Pipeline, groups: Sequence[NodeGroup]) -> list[N
     plan = make_plan(config, unnamed_cluster(), named=False)
     found = []
     for group in groups:
-        needs = 0.0
-        for placement, memory in zip(plan.placement, plan.memory, strict=True):
-            of_stage = 0.0
-            for placed, role in zip(placement.roles, memory.roles, strict=True):
-                if not group.roles or role.role in group.roles:
-                    own = role.host + (role.total if role.device == "host" else 0.0)
-                    of_stage += math.ceil(placed.workers / group.nodes.count) * own
-            needs = max(needs, of_stage)
+        needs = max(
+            sum(
+                math.ceil(placed.workers / group.nodes.count) * role.in_host_memory
+                for placed, role in zip(placement.roles, memory.roles, strict=True)
+                if not group.roles or role.role in group.roles
+            )
+            for placement, memory in zip(plan.placement, plan.memory, strict=True)
+        )
         gib = max(group.nodes.memory_gib, math.ceil(_SPARE * needs + _RAY_GIB))
         found.append(replace(group, nodes=replace(group.nodes, memory_gib=gib)))
     return found

@@ -15,7 +15,8 @@ import pytest
 from rlhf_ray.bench import suite
 from rlhf_ray.bench.figures import Figure
 from rlhf_ray.bench.suite import BENCHMARKS, Outcome, child_environment, lacking, outcome
-from rlhf_ray.distributed.placement import Share, worker_environment
+from rlhf_ray.distributed.environment import worker_environment
+from rlhf_ray.distributed.placement import Share
 
 
 def play(tmp_path: Path, script: str, *, deadline_s: float = 60.0) -> tuple[Outcome, list[str]]:

@@ -7,7 +7,8 @@ import pytest
 from rlhf_ray.distributed import placement
 from rlhf_ray.distributed.bundles import Capacity, NodeShare, RoleRequest, Share, fit
 from rlhf_ray.distributed.connection import Slot
-from rlhf_ray.distributed.placement import Cluster, Growth, worker_environment
+from rlhf_ray.distributed.environment import worker_environment
+from rlhf_ray.distributed.placement import Cluster, Growth
 from rlhf_ray.distributed.rendezvous import Meeting, environment
 from rlhf_ray.errors import ConfigError, PlacementError
 

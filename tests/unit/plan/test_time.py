@@ -203,7 +203,7 @@ def test_more_gpus_help_until_something_is_waited_for() -> None:
     roles = ["policy", "critic", "reference", "reward/model", "generator"]
     hardware = replace(HARDWARE, gpu=GPUS["H100"], gpus_per_node=8)
     long = Lengths(prompt=10, response=500, longest=1000)
-    found = scaling(lambda s: timed(s, gpu=True, lengths=long, hardware=hardware), stage, roles, most=4096)
+    found, _ = scaling(lambda s: timed(s, gpu=True, lengths=long, hardware=hardware), stage, roles, most=4096)
     # 64 samples are too few for 128 policy workers.
     assert [scale.gpus for scale in found] == [5 * 2**n for n in range(7)]
     assert found[0].efficiency == 1
@@ -242,9 +242,9 @@ def test_no_more_workers_than_a_pipeline_may_have(made: Any, most: int, advice: 
 def test_what_limits_is_named() -> None:
     slow_network = replace(GPUS["H100"], network=1e-3)
     hardware = replace(HARDWARE, gpu=slow_network, gpus_per_node=1)
-    found = scaling(lambda s: timed(s, gpu=True, hardware=hardware), sft(), ["policy"], most=64)
+    found, _ = scaling(lambda s: timed(s, gpu=True, hardware=hardware), sft(), ["policy"], most=64)
     assert found[-1].limit == "learner communication: all-reduce of gradients"
-    few = scaling(lambda s: timed(s, gpu=True), sft(), ["policy"], most=64)
+    few, _ = scaling(lambda s: timed(s, gpu=True), sft(), ["policy"], most=64)
     assert few[-1].limit.startswith(("learning", "learner"))
 
 

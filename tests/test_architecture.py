@@ -23,7 +23,12 @@ LAYERS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 OWNERS = {
-    "vllm": {"engines/vllm_generation.py", "engines/vllm_worker_extension.py", "bench/bare_vllm.py"},
+    "vllm": {
+        "engines/vllm_generation.py",
+        "engines/vllm_loading.py",
+        "engines/vllm_worker_extension.py",
+        "bench/bare_vllm.py",
+    },
     "deepspeed": {"engines/deepspeed_training.py", "bench/bare_training.py"},
     "ray": {path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "distributed").glob("*.py")},
 }

@@ -170,8 +170,8 @@ def figures(seen: Sequence[Observation], *, scale: Scale = Scale(), times: Times
     third = len(steady) // 3
     middle, last = steady[third : 2 * third], steady[2 * third :]
     before, after = (float(np.mean([each.memory_mib for each in part])) for part in (middle, last))
-    # From one iteration to the next the memory varies by a tenth, by how freed pieces lie.
-    growth = 1.05 if len(steady) >= _MANY else 1.2
+    # From one iteration to the next the memory varies by a few percent, by how freed pieces lie.
+    growth = 1.05 if len(steady) >= _MANY else 1.1
     return [
         from_pairs("driver/overhead", [(each.driver_s, work_s) for each in steady], unit="s", at_most=0.05),
         from_pairs("driver/no_worker_runs", [(each.idle_s, work_s) for each in steady], unit="s", at_most=0.05),

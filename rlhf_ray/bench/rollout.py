@@ -24,7 +24,9 @@ _BATCHES = {64: 0.92, 128: 0.95}
 _LONGEST = 128
 _PART = 16
 _SAMPLING = schema.Sampling(max_new_tokens=_LONGEST)
-_SHARED_PROMPT, _SIBLINGS, _SHARED_PROMPTS = 256, 8, (1, 8)
+_SHARED_PROMPT, _SIBLINGS = 256, 8
+# Prompts at once and the longest response: the less there is to decode, the more the cache is worth.
+_SHARED = ((1, 32), (1, _LONGEST), (8, _LONGEST))
 _DEADLINE_S = 300.0
 
 
@@ -92,7 +94,7 @@ def measure(settings: Settings) -> list[Figure]:
                     found += _tokens(group, batch, dtype, repeats=settings.repeats)
                 if dtype == "float32":
                     settings.say("rollout, prefix cache")
-                    found += [_prefix_cache(group, count, repeats=settings.repeats) for count in _SHARED_PROMPTS]
+                    found += [_prefix_cache(group, *case, repeats=settings.repeats) for case in _SHARED]
     return found
 
 
@@ -130,10 +132,11 @@ def _tokens(group: WorkerGroup[Contestants], batch: int, dtype: schema.DType, *,
     ]
 
 
-def _prefix_cache(group: WorkerGroup[Contestants], count: int, *, repeats: int) -> Figure:
-    """Eight samples of each of `count` prompts, all at once."""
+def _prefix_cache(group: WorkerGroup[Contestants], count: int, longest: int, *, repeats: int) -> Figure:
+    """Eight samples of at most `longest` tokens for each of `count` prompts, all at once."""
     shared = workload.prompts(count, shortest=_SHARED_PROMPT, longest=_SHARED_PROMPT)
-    prompts, sampling = _prompts(shared), _SAMPLING.model_copy(update={"samples_per_prompt": _SIBLINGS})
+    prompts = _prompts(shared)
+    sampling = schema.Sampling(max_new_tokens=longest, samples_per_prompt=_SIBLINGS)
 
     def way(*, cached: bool) -> Callable[[], float]:
         return lambda: float(
@@ -142,7 +145,7 @@ def _prefix_cache(group: WorkerGroup[Contestants], count: int, *, repeats: int) 
 
     runs = _in_turn(group, {"on": way(cached=True), "off": way(cached=False)}, repeats)
     pairs = [(on.per_cpu_second, off.per_cpu_second) for on, off in zip(runs["on"], runs["off"], strict=True)]
-    return from_pairs(f"rollout/prefix_cache/{count}", pairs, unit="tokens/CPU-s", at_least=1.5)
+    return from_pairs(f"rollout/prefix_cache/{count}x{longest}", pairs, unit="tokens/CPU-s", at_least=1.5)
 
 
 def _in_turn(

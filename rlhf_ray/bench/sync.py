@@ -1,7 +1,8 @@
 """Weight sync between real actors: beside the engine's own reload of the same weights, and its transport beside memcpy.
 
 A sync is measured by the driver's clock: remote calls, digests and the reset of the prefix cache are in it. The probe
-batch, which proves that the weights compute, is a figure of its own: it grows with the probe's tokens.
+batch, which proves that the weights compute, is a figure of its own: it grows with the probe's tokens. So is what two
+bare reloads take at once beside one: engines on cores that share memory slow each other, with or without us.
 """
 
 from __future__ import annotations
@@ -135,9 +136,10 @@ def _weights(site: _Site, generators: int) -> WeightSync:
 def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
     syncs = {count: _weights(site, count) for count in site.generators}
     versions = itertools.count()
-    one, two, probes, calls, buckets = [], [], [], [], 0
+    one, two, reloads, probes, calls, buckets = [], [], [], [], [], 0
     for repeat in range(-1, repeats):
         floor_s = site.generators[1].first(TimedGenerator.reload_seconds, site.model).result()
+        side_by_side_s = max(site.generators[_GENERATORS].all(TimedGenerator.reload_seconds, site.model).result())
         seconds = {}
         for count, sync in syncs.items():
             # The learner's sender serves one set of generators: the first transfer after a change starts it anew.
@@ -150,11 +152,13 @@ def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
         if repeat >= 0:
             one.append((seconds[1], floor_s))
             two.append((seconds[_GENERATORS], seconds[1]))
+            reloads.append((side_by_side_s, floor_s))
             probes.append(probe_s)
             calls.append(sum(span.role != DRIVER for span in site.recorder.drain()))
     return [
         from_pairs(f"sync/end_to_end/{size}", one, unit="s", at_most=1.25),
         from_pairs(f"sync/generators/2_1/{size}", two, unit="s", at_most=1.3),
+        from_pairs(f"sync/reloads/2_1/{size}", reloads, unit="s"),
         alone(f"sync/probe/{size}", probes, unit="s"),
         alone(f"sync/remote_calls/{size}", calls, unit="calls", at_most=4 + buckets),
     ]
@@ -174,9 +178,10 @@ def _transport(site: _Site, size: Size, repeats: int) -> list[Figure]:
         memcpy_s = site.policy.first(TimedLearner.memcpy_seconds).result()
         spec = replace(spec, session=spec.session + 1)
         start = time.perf_counter()
-        sent, _ = gather(
-            site.policy.first(TimedLearner.send_weights, spec, repeat + 1),
+        # The receiver first: it waits then, and the learner's clock does not count its call.
+        _, sent = gather(
             site.generators[1].first(TimedGenerator.take, spec, repeat + 1),
+            site.policy.first(TimedLearner.send_weights, spec, repeat + 1),
         )
         seconds = time.perf_counter() - start
         if repeat >= 0:

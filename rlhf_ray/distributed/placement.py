@@ -42,6 +42,7 @@ from rlhf_ray.distributed.connection import Connection, Slot, close_workers, end
 from rlhf_ray.distributed.environment import worker_environment
 from rlhf_ray.distributed.groups import RayGroup
 from rlhf_ray.distributed.hosts import Host
+from rlhf_ray.distributed.memory import share_one_arena
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.seats import Seat, check_seats
 from rlhf_ray.distributed.sessions import join_ray, start_ray
@@ -106,6 +107,8 @@ class Cluster:
     def _connect(self) -> Connection:
         if ray.is_initialized():
             return Connection(ours=False, opened=False, folder=None)
+        # Before Ray has threads: what a driver frees of its samples then goes back to the system.
+        share_one_arena()
         address = self._address or os.environ.get("RAY_ADDRESS") or "local"
         if address == "local":
             return Connection(ours=True, opened=True, folder=start_ray(self._num_cpus, self._num_gpus))

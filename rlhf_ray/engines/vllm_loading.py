@@ -47,13 +47,15 @@ class WeightLoader:
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads all weights; where that fails a part of them is loaded, and the next call finds a whole model."""
         with set_current_vllm_config(self._config), torch.no_grad():
-            if self._layers is None:
-                self._reload(weights)
-            else:
-                self._load(self._layers, weights)
+            layers, self._layers = self._layers, None
+            self._layers = self._reload(weights) if layers is None else self._load(layers, weights)
 
-    def _reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Loads in vLLM's way, and counts how often each layer is given a tensor or a part of one."""
+    def _reload(self, weights: Iterable[tuple[str, Tensor]]) -> list[_Layer] | None:
+        """Loads in vLLM's way, and counts how often each layer is given a tensor or a part of one.
+
+        Returns:
+            What is to be processed where the next weights may be loaded in place.
+        """
         given: Counter[nn.Module] = Counter()
         initialize_layerwise_reload(self._model)
         try:
@@ -65,10 +67,15 @@ class WeightLoader:
         finally:
             # Also layers that are loaded in part are put together again.
             finalize_layerwise_reload(self._model, self._config.model_config)
-        if loads_in_place(self._model):
-            self._layers = [_Layer(layer, times) for layer, times in given.items() if _method(layer) is not None]
+        if not loads_in_place(self._model):
+            return None
+        return [_Layer(layer, times) for layer, times in given.items() if _method(layer) is not None]
 
-    def _load(self, layers: Iterable[_Layer], weights: Iterable[tuple[str, Tensor]]) -> None:
+    def _load(self, layers: list[_Layer], weights: Iterable[tuple[str, Tensor]]) -> list[_Layer] | None:
+        """Loads in place; the layers, unless these weights or those that were counted lacked something.
+
+        A sync finds out about either. What follows, like what follows a failure, is loaded in vLLM's way.
+        """
         with ExitStack() as stack:
             for layer in layers:
                 stack.enter_context(layer.open())
@@ -76,6 +83,7 @@ class WeightLoader:
         for module in self._model.modules():
             if type(module) is Attention:
                 module.process_weights_after_loading(self._config.model_config.dtype)
+        return None if any(layer.missing for layer in layers) else layers
 
 
 def loads_in_place(model: nn.Module) -> bool:
@@ -98,28 +106,33 @@ class _Layer:
     Args:
         layer: vLLM's.
         times: how often it is given a tensor or a part of one until it is complete.
+
+    Attributes:
+        missing: how often still; below 0, how often more.
     """
 
     def __init__(self, layer: nn.Module, times: int) -> None:
         self._layer = layer
         self._times = times
-        self._missing = 0
+        self.missing = 0
+        self._entrances: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Inside, what is loaded into the layer goes to where it stays, or is packed as soon as all of it is there."""
         kept, packed = _parameters(self._layer), _packed(self._layer)
-        self._missing = self._times
+        self.missing = self._times
+        for name, tensor in kept.items():
+            form = packed.get(name, tensor)
+            entrance = self._entrances[name] = _twin(form)
+            entrance.weight_loader = partial(self._take, name, _get_original_loader(form))
         try:
-            for name, tensor in kept.items():
-                form = packed.get(name, tensor)
-                entrance = _twin(form)
-                entrance.weight_loader = partial(self._take, name, _get_original_loader(form))
-                self._layer._parameters[name] = entrance
+            self._layer._parameters.update(self._entrances)
             yield
         finally:
             self._layer._parameters.update(kept)
+            self._entrances.clear()
             self._made.clear()
 
     def _take(self, name: str, loader: _Loader, param: Any, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -133,10 +146,11 @@ class _Layer:
                 with get_layerwise_info(self._layer).restore_device:
                     self._made[name] = materialize_meta_tensor(param)
             loader(self._made[name], loaded, *args, **kwargs)
-        self._missing -= 1
-        if not self._missing:
+        self.missing -= 1
+        if not self.missing:
             self._layer._parameters.update(self._made)
             _method(self._layer).process_weights_after_loading(self._layer)
+            self._layer._parameters.update(self._entrances)
             self._made.clear()
 
 

@@ -52,9 +52,9 @@ class LoadingGenerator(Generator):
         )
         self.checkpoint = {"lm_head.weight": tied, **weights}
 
-    def load(self, scale: float, *, ours: bool, fail_after: int | None = None) -> Found:
+    def load(self, scale: float, *, ours: bool, fail_after: int | None = None, without: str = "") -> Found:
         """Loads `scale` times the file's weights; a prompt's log-probabilities then, and all parameters."""
-        weights = [(name, tensor * scale) for name, tensor in self.checkpoint.items()]
+        weights = [(name, tensor * scale) for name, tensor in self.checkpoint.items() if name != without]
         engine: Any = self.engine
         engine._llm.collective_rpc(load_ours if ours else load_vllm, args=(arriving(weights, fail_after),))
         engine.reset_prefix_cache()
@@ -153,9 +153,7 @@ def same(one: Found, other: Found) -> bool:
     return logprobs == expected and ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n]) for n in ours)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "float32") for name in MODELS), ("llama", "bfloat16"), ("qwen2", "bfloat16")]
-)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in MODELS), ("qwen2", "bfloat16")])
 def test_weights_are_those_that_vllm_loads(
     start: Callable[..., WorkerGroup[LoadingGenerator]], name: str, dtype: schema.DType
 ) -> None:
@@ -174,18 +172,29 @@ def test_weights_are_those_that_vllm_loads(
     assert same(load(0.75, ours=True), expected[0.75])
 
 
-@pytest.mark.parametrize("loads", [0, 1])
-def test_a_transfer_that_breaks_off_leaves_a_whole_model(
-    start: Callable[..., WorkerGroup[LoadingGenerator]], loads: int
-) -> None:
+def test_a_transfer_that_breaks_off_leaves_a_whole_model(start: Callable[..., WorkerGroup[LoadingGenerator]]) -> None:
     """In vLLM's way, which is the first time's, and in place; the next one is as if nothing had been."""
     generator = start("llama", "float32")
     expected = generator.first(LoadingGenerator.load, 1.5, ours=False).result()
-    for _ in range(loads):
-        generator.first(LoadingGenerator.load, 1.0, ours=True).result()
-    for fail_after in (0, 3, 9, 20):
-        with pytest.raises(WorkerError, match="the sender is gone"):
-            generator.first(LoadingGenerator.load, 0.5, ours=True, fail_after=fail_after).result()
-    for _ in range(2):
+    for in_place in (False, True):
+        for fail_after in (0, 3, 9, 20):
+            assert generator.first(LoadingGenerator.in_place).result() == in_place
+            with pytest.raises(WorkerError, match="the sender is gone"):
+                generator.first(LoadingGenerator.load, 0.5, ours=True, fail_after=fail_after).result()
+            if in_place:
+                assert same(generator.first(LoadingGenerator.load, 1.5, ours=True).result(), expected)
         assert same(generator.first(LoadingGenerator.load, 1.5, ours=True).result(), expected)
-    assert generator.first(LoadingGenerator.in_place).result()
+
+
+def test_what_was_incomplete_is_mended_by_the_second_transfer_after_it(
+    start: Callable[..., WorkerGroup[LoadingGenerator]],
+) -> None:
+    """A layer that lacked a part is processed too early by the next one, which the sync's probe sees."""
+    generator = start("llama", "float32")
+    expected = generator.first(LoadingGenerator.load, 1.5, ours=False).result()
+    lacking = "model.layers.1.self_attn.k_proj.weight"
+    generator.first(LoadingGenerator.load, 1.0, ours=True, without=lacking).result()
+    for in_place in (False, True, True):
+        found = generator.first(LoadingGenerator.load, 1.5, ours=True).result()
+        assert generator.first(LoadingGenerator.in_place).result() == in_place
+        assert same(found, expected) == in_place

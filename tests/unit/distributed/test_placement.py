@@ -88,6 +88,15 @@ def test_idle_engines_end_before_others_share_a_gpu(engines: int, workers: int, 
     assert len(connection.idle) == kept
 
 
+def test_threads_share_an_arena_before_ray_has_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(placement, "share_one_arena", lambda: done.append("arena"))
+    monkeypatch.setattr(placement, "start_ray", lambda *args: done.append("ray"))
+    monkeypatch.setattr(placement.ray, "is_initialized", lambda: False)
+    Cluster("local")._connect()
+    assert done == ["arena", "ray"]
+
+
 def test_room_that_is_not_there_yet_is_looked_for_once_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[object] = []
     monkeypatch.setattr(placement, "is_placed", lambda group: bool(looks.append(group)))

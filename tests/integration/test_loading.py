@@ -181,6 +181,7 @@ def test_a_transfer_that_breaks_off_leaves_a_whole_model(start: Callable[..., Wo
             assert generator.first(LoadingGenerator.in_place).result() == in_place
             with pytest.raises(WorkerError, match="the sender is gone"):
                 generator.first(LoadingGenerator.load, 0.5, ours=True, fail_after=fail_after).result()
+            assert not generator.first(LoadingGenerator.in_place).result()
             if in_place:
                 assert same(generator.first(LoadingGenerator.load, 1.5, ours=True).result(), expected)
         assert same(generator.first(LoadingGenerator.load, 1.5, ours=True).result(), expected)

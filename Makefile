@@ -49,8 +49,9 @@ gpu-test: install
 
 # An hour or so on a quiet machine; the figures and the plot of the README.
 bench: install
-	$(BIN)/rlhf-ray bench ppo learn score contention sft dpo scale \
+	$(BIN)/rlhf-ray bench ppo learn score contention \
 		--json benchmarks/results/bench.json --plot benchmarks/results/bench.html; status=$$?; \
+	$(BIN)/rlhf-ray bench sft dpo scale --json benchmarks/results/sft_dpo_scale.json || status=$$?; \
 	$(BIN)/rlhf-ray bench sync rollout --json benchmarks/results/sync_rollout.json || status=$$?; \
 	$(BIN)/rlhf-ray bench startup memory --json benchmarks/results/startup_memory.json || status=$$?; \
 	$(BIN)/rlhf-ray bench driver --json benchmarks/results/driver.json || status=$$?; \

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ _GENERATORS = 2
 _DEADLINE_S = 120.0
 _CACHE_GIB = 0.125
 _MAX_LENGTH = 128
+_TIMES = 5
 
 
 class TimedLearner(Learner):
@@ -137,22 +140,29 @@ def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
     syncs = {count: _weights(site, count) for count in site.generators}
     versions = itertools.count()
     one, two, reloads, probes, calls, buckets = [], [], [], [], [], 0
+
+    def transfer(count: int) -> float:
+        nonlocal buckets
+        start = time.perf_counter()
+        buckets = syncs[count].transfer(next(versions)).buckets
+        return time.perf_counter() - start
+
+    def reload(count: int) -> float:
+        return max(site.generators[count].all(TimedGenerator.reload_seconds, site.model).result())
+
     for repeat in range(-1, repeats):
-        floor_s = site.generators[1].first(TimedGenerator.reload_seconds, site.model).result()
-        side_by_side_s = max(site.generators[_GENERATORS].all(TimedGenerator.reload_seconds, site.model).result())
+        floors = {count: _typical(partial(reload, count)) for count in syncs}
         seconds = {}
-        for count, sync in syncs.items():
+        for count in syncs:
             # The learner's sender serves one set of generators: the first transfer after a change starts it anew.
-            sync.transfer(next(versions))
-            start = time.perf_counter()
-            buckets = sync.transfer(next(versions)).buckets
-            seconds[count] = time.perf_counter() - start
+            transfer(count)
+            seconds[count] = _typical(partial(transfer, count))
         site.recorder.drain()
         probe_s = syncs[_GENERATORS].sync(next(versions))["sync/probe_time_s"]
         if repeat >= 0:
-            one.append((seconds[1], floor_s))
+            one.append((seconds[1], floors[1]))
             two.append((seconds[_GENERATORS], seconds[1]))
-            reloads.append((side_by_side_s, floor_s))
+            reloads.append((floors[_GENERATORS], floors[1]))
             probes.append(probe_s)
             calls.append(sum(span.role != DRIVER for span in site.recorder.drain()))
     return [
@@ -164,6 +174,11 @@ def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
     ]
 
 
+def _typical(once: Callable[[], float]) -> float:
+    """The median of some times: one alone, a few hundredths of a second, is as long as whatever else ran."""
+    return median(once() for _ in range(_TIMES))
+
+
 def _transport(site: _Site, size: Size, repeats: int) -> list[Figure]:
     spec = TransportSpec(
         "shared_memory",
@@ -173,20 +188,27 @@ def _transport(site: _Site, size: Size, repeats: int) -> list[Figure]:
         bucket_bytes=schema.Placement().bucket_mib << 20,
         expected_bytes=site.policy.first(TimedLearner.model_bytes).result(),
     )
-    pairs, with_calls = [], []
-    for repeat in range(-1, repeats):
-        memcpy_s = site.policy.first(TimedLearner.memcpy_seconds).result()
-        spec = replace(spec, session=spec.session + 1)
+    versions = itertools.count(1)
+
+    def take() -> tuple[float, float]:
+        """Seconds by the learner's clock, and by the driver's."""
+        version = next(versions)
+        current = replace(spec, session=version)
         start = time.perf_counter()
         # The receiver first: it waits then, and the learner's clock does not count its call.
         _, sent = gather(
-            site.generators[1].first(TimedGenerator.take, spec, repeat + 1),
-            site.policy.first(TimedLearner.send_weights, spec, repeat + 1),
+            site.generators[1].first(TimedGenerator.take, current, version),
+            site.policy.first(TimedLearner.send_weights, current, version),
         )
-        seconds = time.perf_counter() - start
+        return sent.seconds, time.perf_counter() - start
+
+    pairs, with_calls = [], []
+    for repeat in range(-1, repeats):
+        memcpy_s = _typical(lambda: site.policy.first(TimedLearner.memcpy_seconds).result())
+        inside, outside = zip(*(take() for _ in range(_TIMES)), strict=True)
         if repeat >= 0:
-            pairs.append((sent.seconds, memcpy_s))
-            with_calls.append((seconds, memcpy_s))
+            pairs.append((median(inside), memcpy_s))
+            with_calls.append((median(outside), memcpy_s))
     return [
         from_pairs(f"sync/transport/{size}", pairs, unit="s", at_most=3),
         from_pairs(f"sync/transport_with_calls/{size}", with_calls, unit="s"),

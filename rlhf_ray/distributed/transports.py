@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -30,15 +30,14 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistStoreError
 
 from rlhf_ray.distributed.faults import fault
-from rlhf_ray.distributed.wires import TransportKind, Wire, attach_wire, make_wire
+from rlhf_ray.distributed.wires import ALIGN, TransportKind, Wire, attach_wire, make_wire
 from rlhf_ray.errors import WeightSyncError
 
-_ALIGN = 64
 # Kinds whose ends meet in a process group, and those whose buffers are on GPUs.
 _MEETING = ("gloo", "nccl")
 _ON_GPU = ("nccl", "cuda_ipc")
 # Bytes that stay in a core's own cache between two readings.
-_CACHED = 1 << 20
+_CACHED = 1 << 19
 _ROW_WORDS = 256
 
 
@@ -139,13 +138,15 @@ class _CopyDigest:
 
     def copy(self, target: Tensor, start: int) -> None:
         """Fills the target with the bytes from `start` on; they follow those of the call before."""
+        source = self._flat[start : start + target.numel()]
         if self._sums is None:
-            target.copy_(self._flat[start : start + target.numel()])
+            target.copy_(source)
             return
-        for at in range(0, target.numel(), _CACHED):
-            part = self._flat[start + at : start + min(at + _CACHED, target.numel())]
-            self._sums.update(part.numpy().data)
-            target[at : at + _CACHED].copy_(part)
+        given, copied = source.numpy(), target.numpy()
+        for at in range(0, len(given), _CACHED):
+            part = given[at : at + _CACHED]
+            self._sums.update(part.data)
+            copied[at : at + _CACHED] = part
 
     def digest(self, tensor: Tensor) -> int:
         """`digest` of the tensor that the bytes are of."""
@@ -287,10 +288,12 @@ class _Side:
         self._store = store
         store.set_timeout(timedelta(seconds=spec.timeout_s))
 
-    def _tell(self, to: object, message: dict[str, Any]) -> None:
-        """Puts a message into the mailbox of a receiver, by its rank, or of the `sender`."""
-        with self._in_words(f"writing to {to}"):
-            self._store.queue_push(self._mailbox(to), json.dumps(message))
+    def _tell(self, message: dict[str, Any], *to: object) -> None:
+        """Puts a message into the mailboxes of receivers, by their ranks, or of the `sender`."""
+        text = json.dumps(message)
+        for one in to:
+            with self._in_words(f"writing to {one}"):
+                self._store.queue_push(self._mailbox(one), text)
 
     def _hear(self, me: object, what: str) -> dict[str, Any]:
         """The next message in the own mailbox; raises when the other side failed or the deadline passed."""
@@ -319,7 +322,7 @@ class _Side:
         """Tells the other side why this one stopped; harmless when it cannot be told any more."""
         for mailbox in self._others():
             with contextlib.suppress(WeightSyncError):
-                self._tell(mailbox, {"error": reason})
+                self._tell({"error": reason}, mailbox)
 
     def _others(self) -> Iterable[object]:
         """Whom a failure concerns."""
@@ -376,7 +379,7 @@ class Sender(_Side):
             self._await_receivers()
         if self._wire is None:
             if self.spec.kind in _MEETING:
-                self._tell_all({"start": True})
+                self._tell({"start": True}, *self._others())
             self._wire = _make_wire(self.spec, self._store, rank=0)
 
     def add(self, name: str, tensor: Tensor) -> int:
@@ -392,7 +395,7 @@ class Sender(_Side):
             self._wire.reserve(self._bucket, self._filled, length)
             copied.copy(slot[self._filled : self._filled + length], start)
             self._pieces.append({**common, "start": start, "at": self._filled, "length": length})
-            self._filled += -(-length // _ALIGN) * _ALIGN
+            self._filled += -(-length // ALIGN) * ALIGN
             start += length
             if self._filled >= slot.numel():
                 self._flush()
@@ -427,10 +430,6 @@ class Sender(_Side):
 
     def _others(self) -> Iterable[object]:
         return range(self.spec.receivers)
-
-    def _tell_all(self, message: dict[str, Any]) -> None:
-        for rank in self._others():
-            self._tell(rank, message)
 
     def _await_receivers(self) -> None:
         while absent := self.spec.receivers - len(self._taken):
@@ -468,7 +467,7 @@ class Sender(_Side):
             "tensors": tensors,
         }
         self._wire.before_publish()
-        self._tell_all(layout)
+        self._tell(layout, *self._others())
         with self._in_words(f"sending bucket {self._bucket}"):
             self._wire.publish(self._bucket, layout["bytes"])
         self._bucket += 1
@@ -524,7 +523,7 @@ class Receiver(_Side):
             WeightSyncError: another version arrives, the sender failed, or a deadline passed.
         """
         self._version, self._digests, self._nbytes = -1, {}, 0
-        self._tell("sender", {"rank": self.rank, "taken": 0})
+        self._tell({"rank": self.rank, "taken": 0}, "sender")
         return self._arriving(version)
 
     def _arriving(self, version: int) -> Iterator[tuple[str, Tensor]]:
@@ -541,14 +540,14 @@ class Receiver(_Side):
             complete = list(self._complete(wire, bucket, layout, unfinished))
             bucket += 1
             if not wire.whole:
-                self._tell("sender", {"rank": self.rank, "taken": bucket})
+                self._tell({"rank": self.rank, "taken": bucket}, "sender")
             for name, tensor in complete:
                 self._digests[name] = digest(tensor)
                 self._nbytes += tensor.numel() * tensor.element_size()
                 yield name, tensor
         self._version = version
         if wire.whole:
-            self._tell("sender", {"rank": self.rank, "taken": bucket})
+            self._tell({"rank": self.rank, "taken": bucket}, "sender")
         if unfinished or len(self._digests) != count:
             raise WeightSyncError(
                 f"weight transfer: {count} tensors were sent, {len(self._digests)} arrived, "
@@ -727,7 +726,7 @@ def _master_store(spec: TransportSpec) -> TCPStore:
 
 
 def _same_but_session(one: TransportSpec, other: TransportSpec) -> bool:
-    return {**asdict(one), "session": 0} == {**asdict(other), "session": 0}
+    return replace(one, session=other.session) == other
 
 
 def _make_wire(spec: TransportSpec, store: Store, *, rank: int) -> Wire:

@@ -66,8 +66,12 @@ class Wire(ABC):
 # Large enough that a slot's messages cost nothing beside its bytes, small enough that both sides work at the same time.
 _SLOT_BYTES = 8 << 20
 _RING = 4
-# The slots of a large model are larger, so that there are about so many.
+ALIGN = 64
+"""Bytes at whose multiples tensors begin, so that any type may be read there."""
+# The slots of a large model are larger, so that there are about so many; where all of it lies in memory at once the
+# first are smaller, so that receivers have something to load while the sender copies the rest.
 _SLOTS = 8
+_FIRST_SLOT_BYTES = 2 << 20
 # All weights lie in memory at once where they take no more than this share of what is free there.
 _SHARE = 0.25
 
@@ -86,7 +90,18 @@ def shared_bytes(bucket_bytes: int, expected_bytes: int, room: float) -> int:
 
 
 def _slot_bytes(bucket_bytes: int, expected_bytes: int) -> int:
-    return min(bucket_bytes, max(_SLOT_BYTES, expected_bytes // _SLOTS))
+    # Slots that lie end to end begin where any type may.
+    share = -(-expected_bytes // (_SLOTS * ALIGN)) * ALIGN
+    return min(bucket_bytes, max(_SLOT_BYTES, share))
+
+
+def _slot_edges(slot_bytes: int, room: int, *, whole: bool) -> list[int]:
+    """Where each slot begins, and where the last one ends: at `room` or, by less than a slot, beyond."""
+    edges, size = [0], min(_FIRST_SLOT_BYTES, slot_bytes) if whole else slot_bytes
+    while edges[-1] < room:
+        edges.append(edges[-1] + size)
+        size = min(2 * size, slot_bytes)
+    return edges
 
 
 def _lies_as_a_whole(expected_bytes: int, room: float) -> bool:
@@ -100,14 +115,15 @@ class SharedPages(Wire):
     four, out of which every receiver copies.
     """
 
-    def __init__(self, path: str, descriptor: int, *, slots: int, slot_bytes: int, whole: bool) -> None:
+    def __init__(self, path: str, descriptor: int, *, slot_bytes: int, room: int, whole: bool) -> None:
         self.path = path
-        self.slots = slots
         self.whole = whole
-        self._slot_bytes = slot_bytes
+        self._sizes = {"slot_bytes": slot_bytes, "room": room, "whole": whole}
+        self._edges = _slot_edges(slot_bytes, room, whole=whole)
+        self.slots = len(self._edges) - 1
         self._descriptor: int | None = descriptor
-        self._reserved = [0] * slots
-        self._flat = torch.frombuffer(mmap.mmap(descriptor, slots * slot_bytes), dtype=torch.uint8)
+        self._reserved = [0] * self.slots
+        self._flat = torch.frombuffer(mmap.mmap(descriptor, self._edges[-1]), dtype=torch.uint8)
 
     @classmethod
     def create(cls, bucket_bytes: int, expected_bytes: int = 0) -> Self:
@@ -124,9 +140,9 @@ class SharedPages(Wire):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         whole = _lies_as_a_whole(expected_bytes, _room(folder))
         # Tensors begin at round addresses, so they take a little more; what is not written to takes no memory.
-        slots = 2 * -(-expected_bytes // slot_bytes) if whole else _RING
-        os.ftruncate(descriptor, slots * slot_bytes)
-        return cls(path, descriptor, slots=slots, slot_bytes=slot_bytes, whole=whole)
+        room = 2 * expected_bytes if whole else _RING * slot_bytes
+        os.ftruncate(descriptor, _slot_edges(slot_bytes, room, whole=whole)[-1])
+        return cls(path, descriptor, slot_bytes=slot_bytes, room=room, whole=whole)
 
     @classmethod
     def attach(cls, description: dict[str, Any]) -> Self:
@@ -138,15 +154,13 @@ class SharedPages(Wire):
                 f"weight transfer: shared memory {path} is gone; a receiver on another node needs gloo, "
                 "a restarted one a new transport"
             ) from error
-        sizes = {name: description[name] for name in ("slots", "slot_bytes", "whole")}
-        return cls(path, descriptor, **sizes)
+        return cls(path, descriptor, **description["sizes"])
 
     def slot(self, bucket: int) -> Tensor:
         if self.whole and bucket >= self.slots:
-            raise WeightSyncError(
-                f"weight transfer: more than the {self.slots * self._slot_bytes} bytes that were announced for it"
-            )
-        return self.fetch(bucket, self._slot_bytes)
+            raise WeightSyncError(f"weight transfer: more than the {self._edges[-1]} bytes that were announced for it")
+        at = bucket % self.slots
+        return self._flat[self._edges[at] : self._edges[at + 1]]
 
     def reserve(self, bucket: int, start: int, length: int) -> None:
         # Pages that memory has no room for would kill the process when written to; small models take few of them.
@@ -156,7 +170,7 @@ class SharedPages(Wire):
             return
         assert self._descriptor is not None, "the segment is closed"
         try:
-            os.posix_fallocate(self._descriptor, slot * self._slot_bytes + self._reserved[slot], missing)
+            os.posix_fallocate(self._descriptor, self._edges[slot] + self._reserved[slot], missing)
         except OSError as error:
             raise WeightSyncError(
                 f"weight transfer: no room for {missing} more bytes of a bucket in {Path(self.path).parent} "
@@ -165,13 +179,13 @@ class SharedPages(Wire):
         self._reserved[slot] += missing
 
     def description(self) -> dict[str, Any]:
-        return {"path": self.path, "slots": self.slots, "slot_bytes": self._slot_bytes, "whole": self.whole}
+        return {"path": self.path, "sizes": self._sizes}
 
     def publish(self, bucket: int, nbytes: int) -> None:
         pass
 
     def fetch(self, bucket: int, nbytes: int) -> Tensor:
-        start = bucket % self.slots * self._slot_bytes
+        start = self._edges[bucket % self.slots]
         return self._flat[start : start + nbytes]
 
     def settle(self) -> None:

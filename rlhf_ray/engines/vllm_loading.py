@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload.layerwise import (
     _get_original_loader,
     finalize_layerwise_reload,
@@ -43,6 +47,7 @@ class WeightLoader:
         self._config = worker.vllm_config
         self._model: Any = worker.model_runner.get_model()
         self._layers: list[_Layer] | None = None
+        self._looked_up = _looked_up(self._model)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Loads all weights; where that fails a part of them is loaded, and the next call finds a whole model."""
@@ -69,13 +74,19 @@ class WeightLoader:
             finalize_layerwise_reload(self._model, self._config.model_config)
         if not loads_in_place(self._model):
             return None
-        return [_Layer(layer, times) for layer, times in given.items() if _method(layer) is not None]
+        return [_Layer(layer, times) for layer, times in given.items() if self._is_processed(layer)]
+
+    def _is_processed(self, layer: nn.Module) -> bool:
+        return _method(layer) is not None and layer not in self._looked_up
 
     def _load(self, layers: list[_Layer], weights: Iterable[tuple[str, Tensor]]) -> list[_Layer] | None:
         """Loads in place; the layers, unless these weights or those that were counted lacked something.
 
         A sync finds out about either. What follows, like what follows a failure, is loaded in vLLM's way.
         """
+        for embedding in self._looked_up:
+            # What vLLM has packed of it, as if it were multiplied by, would be of the weights before.
+            embedding.cpu_linear = nn.functional.linear
         with ExitStack() as stack:
             for layer in layers:
                 stack.enter_context(layer.open())
@@ -98,6 +109,13 @@ def _is_known(layer: nn.Module) -> bool:
         return not processed and not _packed(layer)
     matrices = all(tensor.dim() <= 2 for tensor in _parameters(layer).values())
     return matrices and type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+
+
+def _looked_up(model: nn.Module) -> set[Any]:
+    """Embeddings whose rows are looked up alone, as the logits have a matrix of their own: none is to be packed."""
+    modules = list(model.modules())
+    has_head = any(isinstance(module, ParallelLMHead) for module in modules)
+    return {module for module in modules if has_head and type(module) is VocabParallelEmbedding}
 
 
 class _Layer:

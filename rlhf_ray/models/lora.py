@@ -118,15 +118,18 @@ def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Tied weights come under each of their names, because receivers that pack weights do not see ties.
     """
-    owned = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     layers = _layers(model)
     found = {}
-    for name in model.state_dict():
-        adapted, inside, rest = name.partition(".base_layer.")
-        if inside and adapted in layers:
-            found[f"{adapted}.{rest}"] = owned[name]
-        elif name in owned and name.partition(".lora_")[0] not in layers:
-            found[name] = owned[name]
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or name in module._non_persistent_buffers_set:
+                continue
+            full = f"{path}.{name}" if path else name
+            adapted, inside, rest = full.partition(".base_layer.")
+            if inside and adapted in layers:
+                found[f"{adapted}.{rest}"] = tensor
+            elif full.partition(".lora_")[0] not in layers:
+                found[full] = tensor
     return found
 
 

@@ -274,7 +274,7 @@ def test_a_failing_sender_stops_the_receivers_within_a_second(kind: str) -> None
 @pytest.mark.parametrize(("kind", "expected"), [("shared_memory", 0), ("shared_memory", 25_000), ("gloo", 0)])
 def test_a_missing_receiver_is_named_after_the_deadline(kind: str, expected: int) -> None:
     spec = make_spec(kind, receivers=2, timeout_s=0.6, expected_bytes=expected)
-    Receiver(replace(spec, timeout_s=20.0), 0)._tell("sender", {"rank": 0, "taken": 0})
+    Receiver(replace(spec, timeout_s=20.0), 0)._tell({"rank": 0, "taken": 0}, "sender")
     message, seconds = fail_time(lambda: send_buckets(Sender(spec), 1, buckets_of(weights())))
     assert message == "weight transfer: waited 0.6 s for the receivers to come; 1 of 2 are missing"
     assert seconds < 2.0
@@ -297,6 +297,21 @@ def test_full_memory_is_an_error_and_not_a_bus_error(monkeypatch: pytest.MonkeyP
         WeightSyncError, match=r"no room for 19200 more bytes .* \(No space left on device\); free some"
     ):
         transfer(make_spec(bucket_bytes=1 << 20), weights())
+
+
+@pytest.mark.parametrize("expected", [3 << 20, (300 << 20) + 12, 3 << 30])
+def test_slots_of_all_weights_grow_and_lie_end_to_end(expected: int) -> None:
+    wire = wires.SharedPages.create(64 << 20, expected)
+    try:
+        sizes = [wire.slot(bucket).numel() for bucket in range(wire.slots)]
+        assert wire.whole and sizes[:2] == [2 << 20, 4 << 20]
+        assert sizes == sorted(sizes) and sizes[-1] <= 64 << 20
+        starts = [wire.slot(bucket).data_ptr() - wire.slot(0).data_ptr() for bucket in range(wire.slots)]
+        assert starts == [sum(sizes[:bucket]) for bucket in range(wire.slots)]
+        assert all(start % 64 == 0 for start in starts)
+        assert 2 * expected <= sum(sizes) < 2 * expected + sizes[-1]
+    finally:
+        wire.close()
 
 
 def test_a_small_model_takes_little_shared_memory() -> None:

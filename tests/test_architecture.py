@@ -25,6 +25,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 OWNERS = {
     "vllm": {
         "engines/vllm_generation.py",
+        "engines/vllm_kernels.py",
         "engines/vllm_loading.py",
         "engines/vllm_worker_extension.py",
         "bench/bare_vllm.py",

@@ -18,7 +18,7 @@ class BareVllm:
 
     Args:
         model: directory of a causal language model.
-        config: type, sequences in a batch and room for keys and values; the rest is vLLM's own choice.
+        config: type, sequences in a batch, room for keys and values, prefix cache; the rest is vLLM's own choice.
         max_model_len: most tokens of a prompt and its response together.
     """
 
@@ -37,6 +37,7 @@ class BareVllm:
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
             distributed_executor_backend="uni",
             enforce_eager=not config.compile,
+            enable_prefix_caching=config.prefix_caching,
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )

@@ -7,14 +7,17 @@ log-probabilities, texts. The floor's requests end at the lengths that our sampl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 from rlhf_ray.bench import workload
 from rlhf_ray.bench.bare_vllm import BareVllm
-from rlhf_ray.bench.figures import Cost, Figure, Settings, cost, from_pairs
+from rlhf_ray.bench.figures import Figure, Settings, cost, from_pairs
 from rlhf_ray.config import schema
 from rlhf_ray.data.batches import Prompts, Rollouts
-from rlhf_ray.distributed.groups import WorkerGroup
+from rlhf_ray.distributed.groups import RayGroup, gather
 from rlhf_ray.distributed.place import Place
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.stages.actors import generator_request
@@ -27,24 +30,29 @@ _SAMPLING = schema.Sampling(max_new_tokens=_LONGEST)
 _SHARED_PROMPT, _SIBLINGS = 256, 8
 # Prompts at once and the longest response: the less there is to decode, the more the cache is worth.
 _SHARED = ((1, 32), (1, _LONGEST), (8, _LONGEST))
+# The larger the model, the less of a step is vLLM's own work, and the more of it the prompt's.
+_SIZES: tuple[workload.Size, ...] = ("s", "sm", "m")
+_CACHE_GIB = 0.5
 _DEADLINE_S = 300.0
 
 
-class Contestants:
-    """A generator with a prefix cache, one without, and bare vLLM, in one process."""
+class Ours:
+    """A generator with a prefix cache and one without, in one process."""
 
     def __init__(self, place: Place, *, config: schema.Generator, model: str) -> None:
         self.place = place
-        length = _SHARED_PROMPT + _LONGEST
-
-        def generator(*, cached: bool) -> Generator:
-            settings = config.model_copy(update={"prefix_caching": cached})
-            return Generator(
-                place, config=settings, model=model, revision=None, tokenizer=model, max_model_len=length, seed=1
+        self._engines = {
+            cached: Generator(
+                place,
+                config=config.model_copy(update={"prefix_caching": cached}),
+                model=model,
+                revision=None,
+                tokenizer=model,
+                max_model_len=_SHARED_PROMPT + _LONGEST,
+                seed=1,
             )
-
-        self._ours = {cached: generator(cached=cached) for cached in (True, False)}
-        self._bare = BareVllm(model, config, max_model_len=length)
+            for cached in (True, False)
+        }
 
     def process(self) -> int:
         """Its process id."""
@@ -52,70 +60,123 @@ class Contestants:
 
     def forget(self) -> None:
         """Empties all prefix caches."""
-        self._bare.forget()
-        for generator in self._ours.values():
+        for generator in self._engines.values():
             generator.engine.reset_prefix_cache()
 
     def generate(self, prompts: Prompts, sampling: schema.Sampling, *, cached: bool = True) -> Rollouts:
         """All responses at once."""
-        return self._ours[cached].generate(prompts, sampling, iteration=1)
+        return self._engines[cached].generate(prompts, sampling, iteration=1)
 
     def start(self, prompts: Prompts, sampling: schema.Sampling) -> None:
         """Starts the same responses."""
-        self._ours[True].start(prompts, sampling, iteration=1)
+        self._engines[True].start(prompts, sampling, iteration=1)
 
     def next_finished(self, count: int) -> Finished:
         """The next of them."""
-        return self._ours[True].next_finished(1, count)
-
-    def bare(self, prompts: Prompts, lengths: Sequence[int], *, logprobs: bool) -> float:
-        """The same by vLLM alone."""
-        return self._bare.generate(prompts.token_ids, lengths, logprobs=logprobs)
+        return self._engines[True].next_finished(1, count)
 
     def close(self) -> None:
-        """Ends our engines."""
-        for generator in self._ours.values():
+        """Ends the engines."""
+        for generator in self._engines.values():
             generator.close()
+
+
+class Bare:
+    """vLLM by itself, with a prefix cache and without; in another process, as one process has one set of kernels."""
+
+    def __init__(self, place: Place, *, config: schema.Generator, model: str) -> None:
+        self.place = place
+        self._engines = {
+            cached: BareVllm(
+                model,
+                config.model_copy(update={"prefix_caching": cached}),
+                max_model_len=_SHARED_PROMPT + _LONGEST,
+            )
+            for cached in (True, False)
+        }
+
+    def process(self) -> int:
+        """Its process id."""
+        return os.getpid()
+
+    def forget(self) -> None:
+        """Empties all prefix caches."""
+        for engine in self._engines.values():
+            engine.forget()
+
+    def generate(
+        self, prompts: Prompts, lengths: Sequence[int], *, logprobs: bool = True, cached: bool = True
+    ) -> float:
+        """As many tokens for each prompt."""
+        return self._engines[cached].generate(prompts.token_ids, lengths, logprobs=logprobs)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """The actors of one model and type."""
+
+    ours: RayGroup[Ours]
+    bare: RayGroup[Bare]
 
 
 def measure(settings: Settings) -> list[Figure]:
     """Tokens per CPU-second of the actor for each batch and type, and what the prefix cache is worth."""
-    model = str(workload.save_model(settings.folder / "model"))
+    models: dict[workload.Size, str] = {
+        size: str(workload.save_model(settings.folder / f"rollout_{size}", size)) for size in _SIZES
+    }
     found: list[Figure] = []
-    dtypes: tuple[schema.DType, ...] = ("float32",) if settings.quick else ("float32", "bfloat16")
     with Cluster(None, call_timeout_s=_DEADLINE_S) as cluster:
-        for dtype in dtypes:
-            config = schema.Generator(dtype=dtype, max_sequences=max(_BATCHES), kv_cache_gib=0.5)
-            with cluster.reserve([generator_request("bench", config, gpus=cluster.gpus)]) as placement:
-                group = placement.start("generator", Contestants, config=config, model=model)
-                group.ready.result()
-                for batch in _BATCHES:
-                    settings.say(f"rollout, batch {batch}, {dtype}")
-                    found += _tokens(group, batch, dtype, repeats=settings.repeats)
-                if dtype == "float32":
-                    settings.say("rollout, prefix cache")
-                    found += [_prefix_cache(group, *case, repeats=settings.repeats) for case in _SHARED]
+        with _started(cluster, "float32", models["s"]) as site:
+            for batch in _BATCHES:
+                settings.say(f"rollout, batch {batch}, float32")
+                found += _tokens(site, batch, "float32", repeats=settings.repeats)
+            for case in _SHARED:
+                settings.say("rollout, prefix cache, {} prompts, responses of at most {} tokens".format(*case))
+                found += _prefix_cache(site, "s", *case, repeats=settings.repeats)
+        if settings.quick:
+            return found
+        for size in _SIZES[1:]:
+            settings.say(f"rollout, prefix cache, model {size}")
+            with _started(cluster, "float32", models[size]) as site:
+                found += _prefix_cache(site, size, 1, _LONGEST, repeats=settings.repeats)
+        with _started(cluster, "bfloat16", models["s"]) as site:
+            for batch in _BATCHES:
+                settings.say(f"rollout, batch {batch}, bfloat16")
+                found += _tokens(site, batch, "bfloat16", repeats=settings.repeats)
     return found
 
 
-def _tokens(group: WorkerGroup[Contestants], batch: int, dtype: schema.DType, *, repeats: int) -> list[Figure]:
+@contextmanager
+def _started(cluster: Cluster, dtype: schema.DType, model: str) -> Iterator[_Site]:
+    config = schema.Generator(dtype=dtype, max_sequences=max(_BATCHES), kv_cache_gib=_CACHE_GIB)
+    ours = generator_request("bench", config, gpus=cluster.gpus)
+    with cluster.reserve([ours, replace(ours, role="bare", reuse="bare")]) as placement:
+        site = _Site(
+            placement.start("generator", Ours, config=config, model=model),
+            placement.start("bare", Bare, config=config, model=model),
+        )
+        gather(site.ours.ready, site.bare.ready)
+        yield site
+
+
+def _tokens(site: _Site, batch: int, dtype: schema.DType, *, repeats: int) -> list[Figure]:
     prompts = _prompts(workload.prompts(batch))
-    lengths = _lengths(group.first(Contestants.generate, prompts, _SAMPLING).result())
+    lengths = _lengths(site.ours.first(Ours.generate, prompts, _SAMPLING).result())
 
     def ours() -> float:
-        group.first(Contestants.start, prompts, _SAMPLING).result()
-        parts = [group.first(Contestants.next_finished, _PART) for _ in range(0, batch, _PART)]
+        site.ours.first(Ours.start, prompts, _SAMPLING).result()
+        parts = [site.ours.first(Ours.next_finished, _PART) for _ in range(0, batch, _PART)]
         return float(sum(sum(_lengths(part.result().rollouts)) for part in parts))
 
     def bare(*, logprobs: bool) -> float:
-        return group.first(Contestants.bare, prompts, lengths, logprobs=logprobs).result()
+        return site.bare.first(Bare.generate, prompts, lengths, logprobs=logprobs).result()
 
     ways: dict[str, Callable[[], float]] = {
         "ours": ours,
         "bare": lambda: bare(logprobs=True),
         "without logprobs": lambda: bare(logprobs=False),
     }
-    rates = {name: [run.per_cpu_second for run in runs] for name, runs in _in_turn(group, ways, repeats).items()}
+    rates = _in_turn(site, ways, repeats)
     suffix = "" if dtype == "float32" else f"/{dtype}"
     return [
         from_pairs(
@@ -132,36 +193,49 @@ def _tokens(group: WorkerGroup[Contestants], batch: int, dtype: schema.DType, *,
     ]
 
 
-def _prefix_cache(group: WorkerGroup[Contestants], count: int, longest: int, *, repeats: int) -> Figure:
-    """Eight samples of at most `longest` tokens for each of `count` prompts, all at once."""
+def _prefix_cache(site: _Site, size: workload.Size, count: int, longest: int, *, repeats: int) -> list[Figure]:
+    """Eight samples of at most `longest` tokens for each of `count` prompts, all at once; the same by vLLM alone."""
     shared = workload.prompts(count, shortest=_SHARED_PROMPT, longest=_SHARED_PROMPT)
     prompts = _prompts(shared)
+    each = prompts.select([row for row in range(count) for _ in range(_SIBLINGS)])
     sampling = schema.Sampling(max_new_tokens=longest, samples_per_prompt=_SIBLINGS)
+    lengths = _lengths(site.ours.first(Ours.generate, prompts, sampling).result())
 
-    def way(*, cached: bool) -> Callable[[], float]:
-        return lambda: float(
-            sum(_lengths(group.first(Contestants.generate, prompts, sampling, cached=cached).result()))
-        )
+    def ours(*, cached: bool) -> float:
+        return float(sum(_lengths(site.ours.first(Ours.generate, prompts, sampling, cached=cached).result())))
 
-    runs = _in_turn(group, {"on": way(cached=True), "off": way(cached=False)}, repeats)
-    pairs = [(on.per_cpu_second, off.per_cpu_second) for on, off in zip(runs["on"], runs["off"], strict=True)]
-    return from_pairs(f"rollout/prefix_cache/{count}x{longest}", pairs, unit="tokens/CPU-s", at_least=1.5)
+    def bare(*, cached: bool) -> float:
+        return site.bare.first(Bare.generate, each, lengths, cached=cached).result()
+
+    ways: dict[str, Callable[[], float]] = {
+        f"{name} {cached}": partial(way, cached=cached)
+        for name, way in (("ours", ours), ("bare", bare))
+        for cached in (True, False)
+    }
+    rates = _in_turn(site, ways, repeats)
+
+    def figure(name: str, whose: str, at_least: float | None) -> Figure:
+        pairs = list(zip(rates[f"{whose} True"], rates[f"{whose} False"], strict=True))
+        return from_pairs(f"{name}/{count}x{longest}/{size}", pairs, unit="tokens/CPU-s", at_least=at_least)
+
+    return [
+        figure("rollout/prefix_cache", "ours", 1.5),
+        figure("rollout/prefix_cache_of_vllm", "bare", None),
+    ]
 
 
-def _in_turn(
-    group: WorkerGroup[Contestants], ways: dict[str, Callable[[], float]], repeats: int
-) -> dict[str, list[Cost]]:
-    """Each way's repeats, after one to warm up; every round begins with another way."""
-    actor = group.first(Contestants.process).result()
+def _in_turn(site: _Site, ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Each way's rates, after one repeat to warm up; every round begins with another way."""
+    processes = [site.ours.first(Ours.process).result(), site.bare.first(Bare.process).result()]
     names = list(ways)
-    found: dict[str, list[Cost]] = {name: [] for name in names}
+    found: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-1, repeats):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            group.first(Contestants.forget).result()
-            took = cost(ways[name], processes=lambda: [actor])
+            gather(site.ours.first(Ours.forget), site.bare.first(Bare.forget))
+            took = cost(ways[name], processes=lambda: processes)
             if turn >= 0:
-                found[name].append(took)
+                found[name].append(took.per_cpu_second)
     return found
 
 

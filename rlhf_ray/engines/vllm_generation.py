@@ -381,6 +381,8 @@ def _start(arguments: Mapping[str, Any], config: schema.Generator, model: Pretra
         if not gpu:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
             _import_architecture(model)
+            if not config.compile:
+                arguments = {**arguments, "ir_op_priority": _norms()}
         return vllm.LLM(**arguments)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{arguments['model']}: vLLM cannot run this model: {error}") from error
@@ -451,6 +453,12 @@ def _final_only() -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return RequestOutputKind.FINAL_ONLY
+
+
+def _norms() -> Any:
+    from rlhf_ray.engines.vllm_kernels import PRIORITY
+
+    return PRIORITY
 
 
 def _lora_request() -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.distributed.transports import Inbox, TransportSpec
+from rlhf_ray.engines import vllm_kernels  # noqa: F401 - a worker in a process of its own is to know them too
 from rlhf_ray.engines.vllm_loading import WeightLoader
 
 

@@ -304,8 +304,10 @@ def test_slots_of_all_weights_grow_and_lie_end_to_end(expected: int) -> None:
     wire = wires.SharedPages.create(64 << 20, expected)
     try:
         sizes = [wire.slot(bucket).numel() for bucket in range(wire.slots)]
-        assert wire.whole and sizes[:2] == [2 << 20, 4 << 20]
-        assert sizes == sorted(sizes) and sizes[-1] <= 64 << 20
+        assert wire.whole
+        assert sizes[:2] == [2 << 20, 4 << 20]
+        assert sizes == sorted(sizes)
+        assert sizes[-1] <= 64 << 20
         starts = [wire.slot(bucket).data_ptr() - wire.slot(0).data_ptr() for bucket in range(wire.slots)]
         assert starts == [sum(sizes[:bucket]) for bucket in range(wire.slots)]
         assert all(start % 64 == 0 for start in starts)

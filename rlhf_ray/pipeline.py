@@ -17,7 +17,7 @@ from rlhf_ray.plan.prediction import RunPlan, comparison_table
 from rlhf_ray.stages.collect import run_collect
 from rlhf_ray.stages.dpo import run_dpo
 from rlhf_ray.stages.ppo import run_ppo
-from rlhf_ray.stages.site import Site, StageData, known_before_start, load_data, stage_result
+from rlhf_ray.stages.site import Site, StageData, check_synced, known_before_start, load_data, stage_result
 from rlhf_ray.stages.supervised import run_supervised
 from rlhf_ray.trainers.metrics import check_tracking
 from rlhf_ray.trainers.run import RunFolder
@@ -67,7 +67,8 @@ def run_pipeline(config: schema.Pipeline, *, pipeline_dir: Path, resume: bool) -
 
 
 def _early_data(config: schema.Pipeline) -> dict[str, StageData]:
-    """The data that no stage of this pipeline makes, by stage."""
+    """The data that no stage of this pipeline makes, by stage; before it is encoded the models are looked at."""
+    check_synced(config)
     return {s.name: load_data(s, str(s.policy.model), config.seed) for s in known_before_start(config)}
 
 

@@ -2,7 +2,8 @@
 
 A sync is measured by the driver's clock: remote calls, digests and the reset of the prefix cache are in it. The probe
 batch, which proves that the weights compute, is a figure of its own: it grows with the probe's tokens. So is what two
-bare reloads take at once beside one: engines on cores that share memory slow each other, with or without us.
+bare reloads take at once beside one: engines on cores that share memory slow each other, with or without us. A sync of
+two generators therefore stands beside a sync of one and beside two reloads at once.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _weights(site: _Site, generators: int) -> WeightSync:
 def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
     syncs = {count: _weights(site, count) for count in site.generators}
     versions = itertools.count()
-    one, two, reloads, probes, calls, buckets = [], [], [], [], [], 0
+    one, two, both, reloads, probes, calls, buckets = [], [], [], [], [], [], 0
 
     def transfer(count: int) -> float:
         nonlocal buckets
@@ -162,11 +163,13 @@ def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
         if repeat >= 0:
             one.append((seconds[1], floors[1]))
             two.append((seconds[_GENERATORS], seconds[1]))
+            both.append((seconds[_GENERATORS], floors[_GENERATORS]))
             reloads.append((floors[_GENERATORS], floors[1]))
             probes.append(probe_s)
             calls.append(sum(span.role != DRIVER for span in site.recorder.drain()))
     return [
         from_pairs(f"sync/end_to_end/{size}", one, unit="s", at_most=1.25),
+        from_pairs(f"sync/end_to_end_of_two/{size}", both, unit="s", at_most=1.25),
         from_pairs(f"sync/generators/2_1/{size}", two, unit="s", at_most=1.3),
         from_pairs(f"sync/reloads/2_1/{size}", reloads, unit="s"),
         alone(f"sync/probe/{size}", probes, unit="s"),

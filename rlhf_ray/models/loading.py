@@ -79,6 +79,16 @@ def load_config(name: str, revision: str | None = None) -> PretrainedConfig:
         )
 
 
+def merges_weights(config: PretrainedConfig) -> bool:
+    """Whether transformers holds several tensors of such a model's files as one, as it does with experts."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    kinds = {config.model_type, config.get_text_config().model_type}
+    steps = [step for kind in kinds for step in get_checkpoint_conversion_mapping(kind) or ()]
+    return any(isinstance(step, WeightConverter) for step in steps)
+
+
 def load_causal_lm(
     name: str, revision: str | None = None, dtype: DTypeName = "float32", *, in_4_bits: bool = False
 ) -> PreTrainedModel:

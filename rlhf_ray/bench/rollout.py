@@ -111,6 +111,10 @@ class Bare:
         return self._engines[cached].generate(prompts.token_ids, lengths, logprobs=logprobs)
 
 
+_Way = tuple[str, int, Callable[[], float]]
+"""A name, the process that works, and the work, which gives the number of tokens."""
+
+
 @dataclass(frozen=True)
 class _Site:
     """The actors of one model and type."""
@@ -171,11 +175,12 @@ def _tokens(site: _Site, batch: int, dtype: schema.DType, *, repeats: int) -> li
     def bare(*, logprobs: bool) -> float:
         return site.bare.first(Bare.generate, prompts, lengths, logprobs=logprobs).result()
 
-    ways: dict[str, Callable[[], float]] = {
-        "ours": ours,
-        "bare": lambda: bare(logprobs=True),
-        "without logprobs": lambda: bare(logprobs=False),
-    }
+    ours_id, bare_id = _processes(site)
+    ways: list[_Way] = [
+        ("ours", ours_id, ours),
+        ("bare", bare_id, lambda: bare(logprobs=True)),
+        ("without logprobs", bare_id, lambda: bare(logprobs=False)),
+    ]
     rates = _in_turn(site, ways, repeats)
     suffix = "" if dtype == "float32" else f"/{dtype}"
     return [
@@ -207,11 +212,11 @@ def _prefix_cache(site: _Site, size: workload.Size, count: int, longest: int, *,
     def bare(*, cached: bool) -> float:
         return site.bare.first(Bare.generate, each, lengths, cached=cached).result()
 
-    ways: dict[str, Callable[[], float]] = {
-        f"{name} {cached}": partial(way, cached=cached)
-        for name, way in (("ours", ours), ("bare", bare))
+    ways: list[_Way] = [
+        (f"{name} {cached}", process, partial(way, cached=cached))
+        for name, way, process in zip(("ours", "bare"), (ours, bare), _processes(site), strict=True)
         for cached in (True, False)
-    }
+    ]
     rates = _in_turn(site, ways, repeats)
 
     def figure(name: str, whose: str, at_least: float | None) -> Figure:
@@ -224,16 +229,19 @@ def _prefix_cache(site: _Site, size: workload.Size, count: int, longest: int, *,
     ]
 
 
-def _in_turn(site: _Site, ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def _processes(site: _Site) -> tuple[int, int]:
+    """The process ids of both sides."""
+    return site.ours.first(Ours.process).result(), site.bare.first(Bare.process).result()
+
+
+def _in_turn(site: _Site, ways: Sequence[_Way], repeats: int) -> dict[str, list[float]]:
     """Each way's rates, after one repeat to warm up; every round begins with another way."""
-    processes = [site.ours.first(Ours.process).result(), site.bare.first(Bare.process).result()]
-    names = list(ways)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[float]] = {name: [] for name, _, _ in ways}
     for turn in range(-1, repeats):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
+        start = turn % len(ways)
+        for name, process, work in (*ways[start:], *ways[:start]):
             gather(site.ours.first(Ours.forget), site.bare.first(Bare.forget))
-            took = cost(ways[name], processes=lambda: processes)
+            took = cost(work, processes=partial(list[int], [process]))
             if turn >= 0:
                 found[name].append(took.per_cpu_second)
     return found

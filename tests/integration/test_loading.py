@@ -65,6 +65,12 @@ class LoadingGenerator(Generator):
         engine: Any = self.engine
         return bool(engine._llm.collective_rpc(loads_in_place)[0])
 
+    def embedded(self) -> tuple[Tensor, Tensor]:
+        """A row times the embeddings: as vLLM multiplies by them, should it ever, and by what is looked up."""
+        engine: Any = self.engine
+        found: tuple[Tensor, Tensor] = engine._llm.collective_rpc(times_embeddings)[0]
+        return found
+
 
 def arriving(weights: list[tuple[str, Tensor]], fail_after: int | None) -> Iterator[tuple[str, Tensor]]:
     for number, pair in enumerate(weights):
@@ -91,6 +97,12 @@ def loads_in_place(worker: Any) -> bool:
 def parameters(worker: Any) -> dict[str, Tensor]:
     model = worker.model_runner.get_model()
     return {name: tensor.data.clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
+
+
+def times_embeddings(worker: Any) -> tuple[Tensor, Tensor]:
+    embeddings = worker.model_runner.get_model().model.embed_tokens
+    row = torch.ones(1, embeddings.weight.shape[1])
+    return embeddings.quant_method.apply(embeddings, row), torch.nn.functional.linear(row, embeddings.weight)
 
 
 def make_qwen2(directory: Path) -> str:
@@ -170,6 +182,16 @@ def test_weights_are_those_that_vllm_loads(
     assert generator.first(LoadingGenerator.in_place).result() == (name != "mixtral")
     assert same(load(1.0, ours=False), expected[1.0])
     assert same(load(0.75, ours=True), expected[0.75])
+
+
+def test_embeddings_that_are_not_packed_again_are_never_those_of_before(
+    start: Callable[..., WorkerGroup[LoadingGenerator]],
+) -> None:
+    generator = start("llama", "float32")
+    for scale in (1.0, 1.5, 0.75):
+        generator.first(LoadingGenerator.load, scale, ours=True).result()
+        packed, looked_up = generator.first(LoadingGenerator.embedded).result()
+        torch.testing.assert_close(packed, looked_up)
 
 
 def test_a_transfer_that_breaks_off_leaves_a_whole_model(start: Callable[..., WorkerGroup[LoadingGenerator]]) -> None:

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
 PLOT = FOLDER / "bench.svg"
 README = ROOT / "README.md"
-TABLES = {"bench": ("floor", ("bench", "sync_rollout", "startup_memory", "driver")), "peers": ("TRL", ("peers",))}
+TABLES = {
+    "bench": ("floor", ("bench", "sync_rollout", "startup_memory", "driver")),
+    "peers": ("TRL", ("peers", "peers_bfloat16")),
+}
 """By name: what stands beside ours, and the files, each of one run."""
 
 

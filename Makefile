@@ -61,8 +61,9 @@ bench: install
 # The same work on TRL, in an environment of its own; an hour and more.
 peers: install
 	$(BIN)/python benchmarks/peers/install.py
-	$(BIN)/python benchmarks/peers/run.py --json benchmarks/results/peers.json; \
-	status=$$?; $(BIN)/python benchmarks/readme.py && exit $$status
+	$(BIN)/python benchmarks/peers/run.py --dtype float32 --json benchmarks/results/peers.json; status=$$?; \
+	$(BIN)/python benchmarks/peers/run.py --dtype bfloat16 --json benchmarks/results/peers_bfloat16.json || status=$$?; \
+	$(BIN)/python benchmarks/readme.py && exit $$status
 
 bench-quick: install
 	$(BIN)/rlhf-ray bench all --quick

@@ -13,11 +13,12 @@ from rlhf_ray.distributed.background import in_background
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.distributed.tracing import Recorder
 from rlhf_ray.plan import check_data
+from rlhf_ray.plan.networks import check_synced
 from rlhf_ray.plan.prediction import RunPlan, comparison_table
 from rlhf_ray.stages.collect import run_collect
 from rlhf_ray.stages.dpo import run_dpo
 from rlhf_ray.stages.ppo import run_ppo
-from rlhf_ray.stages.site import Site, StageData, check_synced, known_before_start, load_data, stage_result
+from rlhf_ray.stages.site import Site, StageData, known_before_start, load_data, stage_result
 from rlhf_ray.stages.supervised import run_supervised
 from rlhf_ray.trainers.metrics import check_tracking
 from rlhf_ray.trainers.run import RunFolder

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from rlhf_ray.bench import workload
 from rlhf_ray.bench.bare_vllm import BareVllm
@@ -125,12 +126,9 @@ class _Site:
 
 def measure(settings: Settings) -> list[Figure]:
     """Tokens per CPU-second of the actor for each batch and type, and what the prefix cache is worth."""
-    models: dict[workload.Size, str] = {
-        size: str(workload.save_model(settings.folder / f"rollout_{size}", size)) for size in _SIZES
-    }
     found: list[Figure] = []
     with Cluster(None, call_timeout_s=_DEADLINE_S) as cluster:
-        with _started(cluster, "float32", models["s"]) as site:
+        with _started(cluster, settings.folder, "s", "float32") as site:
             for batch in _BATCHES:
                 settings.say(f"rollout, batch {batch}, float32")
                 found += _tokens(site, batch, "float32", repeats=settings.repeats)
@@ -141,9 +139,9 @@ def measure(settings: Settings) -> list[Figure]:
             return found
         for size in _SIZES[1:]:
             settings.say(f"rollout, prefix cache, model {size}")
-            with _started(cluster, "float32", models[size]) as site:
+            with _started(cluster, settings.folder, size, "float32") as site:
                 found += _prefix_cache(site, size, 1, _LONGEST, repeats=settings.repeats)
-        with _started(cluster, "bfloat16", models["s"]) as site:
+        with _started(cluster, settings.folder, "s", "bfloat16") as site:
             for batch in _BATCHES:
                 settings.say(f"rollout, batch {batch}, bfloat16")
                 found += _tokens(site, batch, "bfloat16", repeats=settings.repeats)
@@ -151,10 +149,11 @@ def measure(settings: Settings) -> list[Figure]:
 
 
 @contextmanager
-def _started(cluster: Cluster, dtype: schema.DType, model: str) -> Iterator[_Site]:
+def _started(cluster: Cluster, folder: Path, size: workload.Size, dtype: schema.DType) -> Iterator[_Site]:
+    model = str(workload.save_model(folder / f"rollout_{size}", size))
     config = schema.Generator(dtype=dtype, max_sequences=max(_BATCHES), kv_cache_gib=_CACHE_GIB)
     ours = generator_request("bench", config, gpus=cluster.gpus)
-    with cluster.reserve([ours, replace(ours, role="bare", reuse="bare")]) as placement:
+    with cluster.reserve([ours, replace(ours, role="bare", reuse=None)]) as placement:
         site = _Site(
             placement.start("generator", Ours, config=config, model=model),
             placement.start("bare", Bare, config=config, model=model),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -140,7 +140,7 @@ def _weights(site: _Site, generators: int) -> WeightSync:
 def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
     syncs = {count: _weights(site, count) for count in site.generators}
     versions = itertools.count()
-    one, two, both, reloads, probes, calls, buckets = [], [], [], [], [], [], 0
+    measured, probes, calls, buckets = [], [], [], 0
 
     def transfer(count: int) -> float:
         nonlocal buckets
@@ -161,17 +161,20 @@ def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
         site.recorder.drain()
         probe_s = syncs[_GENERATORS].sync(next(versions))["sync/probe_time_s"]
         if repeat >= 0:
-            one.append((seconds[1], floors[1]))
-            two.append((seconds[_GENERATORS], seconds[1]))
-            both.append((seconds[_GENERATORS], floors[_GENERATORS]))
-            reloads.append((floors[_GENERATORS], floors[1]))
+            measured.append((seconds[1], seconds[_GENERATORS], floors[1], floors[_GENERATORS]))
             probes.append(probe_s)
             calls.append(sum(span.role != DRIVER for span in site.recorder.drain()))
+    one, two, reload_one, reload_two = zip(*measured, strict=True)
+
+    def beside(name: str, ours: Sequence[float], floor: Sequence[float], at_most: float | None) -> Figure:
+        pairs = list(zip(ours, floor, strict=True))
+        return from_pairs(f"sync/{name}/{size}", pairs, unit="s", at_most=at_most)
+
     return [
-        from_pairs(f"sync/end_to_end/{size}", one, unit="s", at_most=1.25),
-        from_pairs(f"sync/end_to_end_of_two/{size}", both, unit="s", at_most=1.25),
-        from_pairs(f"sync/generators/2_1/{size}", two, unit="s", at_most=1.3),
-        from_pairs(f"sync/reloads/2_1/{size}", reloads, unit="s"),
+        beside("end_to_end", one, reload_one, 1.25),
+        beside("end_to_end_of_two", two, reload_two, 1.25),
+        beside("generators/2_1", two, one, 1.3),
+        beside("reloads/2_1", reload_two, reload_one, None),
         alone(f"sync/probe/{size}", probes, unit="s"),
         alone(f"sync/remote_calls/{size}", calls, unit="calls", at_most=4 + buckets),
     ]

@@ -63,11 +63,11 @@ class Wire(ABC):
         """Frees what this side holds."""
 
 
+ALIGN = 64
+"""Bytes at whose multiples tensors begin, so that any type may be read there."""
 # Large enough that a slot's messages cost nothing beside its bytes, small enough that both sides work at the same time.
 _SLOT_BYTES = 8 << 20
 _RING = 4
-ALIGN = 64
-"""Bytes at whose multiples tensors begin, so that any type may be read there."""
 # The slots of a large model are larger, so that there are about so many; where all of it lies in memory at once the
 # first are smaller, so that receivers have something to load while the sender copies the rest.
 _SLOTS = 8

@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from rlhf_ray.config import schema
+from rlhf_ray.config.effects import generator_of
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.attention import attend, set_attention_by_rows
 from rlhf_ray.models.heads import hidden_size, switch_off_dropout
-from rlhf_ray.models.loading import key_value_elements, load_config, new_config, quiet_transformers, torch_dtype
+from rlhf_ray.models.loading import (
+    key_value_elements,
+    load_config,
+    merges_weights,
+    new_config,
+    quiet_transformers,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -72,6 +80,20 @@ def model_config(config: schema.Pipeline, name: str | schema.NewModel, revision:
         return _new(name)
     file = Path(name) / "config.json"
     return _loaded(name, revision, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+def check_synced(config: schema.Pipeline) -> None:
+    """Raises ConfigError where vLLM could not take the weights that a stage's policy has."""
+    for stage in config.stages:
+        generator, policy = generator_of(stage), stage.policy
+        if generator is None or generator.engine != "vllm" or not isinstance(policy, schema.Learner) or policy.lora:
+            continue
+        model = model_config(config, policy.model, policy.revision)
+        if merges_weights(model):
+            raise ConfigError(
+                f"{stage.name}.policy.model: {model.name_or_path} is a mixture of experts, whose weights transformers "
+                "merges; vLLM takes them one by one, so they cannot be synced to it yet; set generator.engine=hf"
+            )
 
 
 _new = cache(new_config)

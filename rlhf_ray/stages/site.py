@@ -19,8 +19,7 @@ from rlhf_ray.distributed.gauges import RayGauges
 from rlhf_ray.distributed.groups import WorkerGroup, gather
 from rlhf_ray.distributed.placement import Cluster
 from rlhf_ray.distributed.tracing import Recorder
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.loading import load_config, load_tokenizer, merges_weights, save_new_model
+from rlhf_ray.models.loading import load_tokenizer, save_new_model
 from rlhf_ray.trainers.durable import write_folder
 from rlhf_ray.trainers.run import DATA, MODEL, RunFolder, StageResult, StageRun
 from rlhf_ray.trainers.sampling import SampleStream
@@ -157,28 +156,6 @@ def known_before_start(config: schema.Pipeline) -> list[schema.Stage]:
         return all(isinstance(name, str) and not name.startswith(schema.STAGE) for name in names)
 
     return [stage for stage in config.stages if known(stage)]
-
-
-def check_synced(config: schema.Pipeline) -> None:
-    """Raises ConfigError where vLLM could not take the weights that a stage's policy has."""
-    for stage in config.stages:
-        generator, policy = getattr(stage, "generator", None), stage.policy
-        if generator is None or generator.engine != "vllm" or not isinstance(policy, schema.Learner) or policy.lora:
-            continue
-        model, revision = _beginning(config, stage)
-        if isinstance(model, str) and merges_weights(load_config(absolute(model), revision)):
-            raise ConfigError(
-                f"{stage.name}.policy.model: {model} is a mixture of experts, whose weights transformers merges; vLLM "
-                "takes them one by one, so they cannot be synced to it yet; set generator.engine=hf"
-            )
-
-
-def _beginning(config: schema.Pipeline, stage: schema.Stage) -> tuple[Any, str | None]:
-    """What the stage's policy was before the first stage of this run, and its revision."""
-    made = {schema.STAGE + each.name: each for each in config.stages}
-    while isinstance(stage.policy.model, str) and stage.policy.model in made:
-        stage = made[stage.policy.model]
-    return stage.policy.model, stage.policy.revision
 
 
 def load_data(stage: schema.Stage, model: Any, seed: int) -> StageData:

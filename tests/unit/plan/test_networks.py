@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from rlhf_ray.config import schema
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.attention import attend_by_rows
 from rlhf_ray.models.heads import build_network, switch_off_dropout
 from rlhf_ray.models.loading import load_config
 from rlhf_ray.models.lora import add_adapter
-from rlhf_ray.plan.networks import Kind, network
+from rlhf_ray.plan.networks import Kind, check_synced, network
 
 COMMON: dict[str, Any] = {
     "vocab_size": 300,
@@ -121,3 +122,26 @@ def test_keys_and_values(llama_directory: Path) -> None:
     )
     # 4 layers, 4 heads of 32.
     assert found.key_value_elements == 2 * 4 * 128
+
+
+def test_experts_that_vllm_cannot_be_sent_are_refused_before_the_start(tmp_path: Path, llama_directory: Path) -> None:
+    """Also behind another stage; not for an engine that takes them, an adapter, or samples without a sync."""
+    CONFIGS["mixtral"].save_pretrained(tmp_path / "experts")
+
+    def check(model: str, **ppo: Any) -> None:
+        data = {"train": "data.jsonl"}
+        reward = [{"kind": "function", "function": "a:b"}]
+        policy = {"model": "stage:sft"} | ppo.pop("policy", {})
+        stages = [
+            {"method": "sft", "steps": 1, "policy": {"model": model}, "data": data},
+            {"method": "ppo", "iterations": 1, "policy": policy, "reward": reward, "data": data, **ppo},
+            {"method": "collect", "policy": {"model": model}, "reward": reward, "data": data},
+        ]
+        check_synced(schema.Pipeline.model_validate({"run_dir": "run", "stages": stages}))
+
+    experts = str(tmp_path / "experts")
+    with pytest.raises(ConfigError, match=r"ppo\.policy\.model: .*experts is a mixture of experts.*engine=hf"):
+        check(experts)
+    check(experts, generator={"engine": "hf"})
+    check(experts, policy={"lora": {}})
+    check(str(llama_directory))

@@ -9,14 +9,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from transformers import MixtralConfig
 
 from rlhf_ray.config.schema import Pipeline
 from rlhf_ray.distributed.tracing import Recorder
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import DataError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.plan import check_data
-from rlhf_ray.stages.site import Site, check_synced, known_before_start, load_data, stage_seed
+from rlhf_ray.stages.site import Site, known_before_start, load_data, stage_seed
 from rlhf_ray.trainers.run import RunFolder
 from tests.tiny_models import make_llama
 from tests.unit.data.tokenizers_for_tests import CHATML
@@ -97,26 +96,3 @@ def test_the_version_of_a_model_is_the_length_of_its_stage(tmp_path: Path) -> No
         assert here.version("stage:dpo") == 12
         assert here.version("org/dpo") == 0
         assert here.model("stage:dpo") == str(model)
-
-
-def test_experts_that_vllm_cannot_be_sent_are_refused_before_the_start(tmp_path: Path) -> None:
-    """Also behind another stage; not for an engine that takes them, an adapter, or samples without a sync."""
-    MixtralConfig(num_hidden_layers=1).save_pretrained(tmp_path / "experts")
-
-    def check(model: str, **ppo: Any) -> None:
-        data = {"train": "data.jsonl"}
-        reward = [{"kind": "function", "function": "a:b"}]
-        policy = {"model": "stage:sft"} | ppo.pop("policy", {})
-        stages = [
-            {"method": "sft", "steps": 1, "policy": {"model": model}, "data": data},
-            {"method": "ppo", "iterations": 1, "policy": policy, "reward": reward, "data": data, **ppo},
-            {"method": "collect", "policy": {"model": model}, "reward": reward, "data": data},
-        ]
-        check_synced(Pipeline.model_validate({"run_dir": "run", "stages": stages}))
-
-    experts = str(tmp_path / "experts")
-    with pytest.raises(ConfigError, match=r"ppo\.policy\.model: .*experts is a mixture of experts.*engine=hf"):
-        check(experts)
-    check(experts, generator={"engine": "hf"})
-    check(experts, policy={"lora": {}})
-    check(make_llama(tmp_path / "llama"))

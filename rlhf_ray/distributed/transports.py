@@ -17,7 +17,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -108,10 +108,16 @@ class SentWeights:
 
 @dataclass(frozen=True)
 class ReceivedWeights:
-    """What a generator received: version, digest of each tensor by name, bytes."""
+    """What a generator received.
+
+    Args:
+        version: of the weights.
+        digests: of each tensor by name; None where another receiver digests the very memory that both read.
+        nbytes: bytes of all tensors.
+    """
 
     version: int
-    digests: dict[str, int]
+    digests: Mapping[str, int | None]
     nbytes: int
 
 
@@ -185,7 +191,7 @@ def check_same(sent: SentWeights, received: ReceivedWeights, *, who: str) -> Non
     for name, value in received.digests.items():
         if name not in sent.digests:
             raise WeightSyncError(f"{who}: tensor {name!r} arrived, and the learner did not send it")
-        if value != sent.digests[name]:
+        if value is not None and value != sent.digests[name]:
             raise WeightSyncError(
                 f"{who}: tensor {name!r} of version {sent.version} arrived with digest {value:016x}, "
                 f"the learner sent {sent.digests[name]:016x}"
@@ -501,7 +507,7 @@ class Receiver(_Side):
         self._wire: Wire | None = None
         self._attached: dict[str, Any] | None = None
         self._version = -1
-        self._digests: dict[str, int] = {}
+        self._digests: dict[str, int | None] = {}
         self._nbytes = 0
 
     @classmethod
@@ -517,7 +523,8 @@ class Receiver(_Side):
     def tensors(self, version: int) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the transfer, on the wire's device, digested on arrival; valid until the next transfer.
 
-        The sender may begin at once; the tensors come one by one.
+        The sender may begin at once; the tensors come one by one. Receivers that read the same pages digest a share of
+        them each.
 
         Raises:
             WeightSyncError: another version arrives, the sender failed, or a deadline passed.
@@ -532,6 +539,7 @@ class Receiver(_Side):
             self._wire = _make_wire(self.spec, self._store, rank=self.rank + 1)
         unfinished: dict[str, _Arriving] = {}
         bucket, count = 0, None
+        shares = _Shares(self.spec.receivers)
         while count is None:
             layout = self._hear(self.rank, f"bucket {bucket}")
             check_version(layout["version"], version)
@@ -542,8 +550,10 @@ class Receiver(_Side):
             if not wire.whole:
                 self._tell({"rank": self.rank, "taken": bucket}, "sender")
             for name, tensor in complete:
-                self._digests[name] = digest(tensor)
-                self._nbytes += tensor.numel() * tensor.element_size()
+                nbytes = tensor.numel() * tensor.element_size()
+                mine = shares.next(nbytes) == self.rank or not wire.whole
+                self._digests[name] = digest(tensor) if mine else None
+                self._nbytes += nbytes
                 yield name, tensor
         self._version = version
         if wire.whole:
@@ -602,6 +612,19 @@ class Receiver(_Side):
         if self._wire is not None:
             self._wire.close()
             self._wire = self._attached = None
+
+
+class _Shares:
+    """Divides tensors among receivers by their bytes; the same in each of them, since all see them in one order."""
+
+    def __init__(self, receivers: int) -> None:
+        self._taken = [0] * receivers
+
+    def next(self, nbytes: int) -> int:
+        """Whose the next tensor is: the first of those that have the least."""
+        who = self._taken.index(min(self._taken))
+        self._taken[who] += nbytes
+        return who
 
 
 @dataclass

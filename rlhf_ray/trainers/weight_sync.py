@@ -190,10 +190,18 @@ class WeightSync:
 
 
 def check_arrivals(sent: SentWeights, received: Sequence[Sequence[ReceivedWeights]]) -> None:
-    """Raises WeightSyncError naming the generator and the first tensor in which it differs from the sender."""
+    """Raises WeightSyncError naming the generator and the first tensor in which it differs from the sender.
+
+    Generators that read the same memory digest a share of it each: there must be none that nobody did.
+    """
+    digested: set[str] = set()
     for rank, receivers in enumerate(received):
         for arrival in receivers:
             check_same(sent, arrival, who=f"generator {rank}")
+            digested.update(name for name, value in arrival.digests.items() if value is not None)
+    for name in sent.digests:
+        if name not in digested:
+            raise WeightSyncError(f"tensor {name!r} of version {sent.version}: no generator digested what arrived")
 
 
 def check_probe(

@@ -93,6 +93,23 @@ def test_every_tensor_arrives_as_it_was_sent(kind: str, expected: int, receivers
         assert received.nbytes == sent.nbytes
 
 
+@pytest.mark.parametrize("receivers", [1, 2, 3])
+def test_receivers_of_the_same_pages_digest_a_share_each(receivers: int) -> None:
+    """Each tensor by one of them, and each about as many bytes; where each has a copy of its own, all of them."""
+    tensors = {f"tensor{i}": torch.randn(500 + 97 * (i % 5)) for i in range(30)}
+    sent, arrivals = transfer(make_spec("shared_memory", receivers, expected_bytes=100_000), tensors)
+    digested = [{name for name, value in found.digests.items() if value is not None} for _, found in arrivals]
+    assert sorted(name for names in digested for name in names) == sorted(tensors)
+    nbytes = [sum(tensors[name].numel() * 4 for name in names) for names in digested]
+    assert max(nbytes) - min(nbytes) <= 888 * 4
+    for _, received in arrivals:
+        assert list(received.digests) == list(tensors)
+        assert all(value in (None, sent.digests[name]) for name, value in received.digests.items())
+
+    _, arrivals = transfer(make_spec("shared_memory", receivers), tensors)
+    assert all(None not in received.digests.values() for _, received in arrivals)
+
+
 def test_buckets_may_be_overwritten_once_the_next_one_is_asked_for() -> None:
     room = torch.zeros(4)
 
@@ -421,6 +438,9 @@ def test_a_tensor_that_was_never_sent_is_named() -> None:
         check_same(sent, ReceivedWeights(1, {"a": 1, "b": 2}, 8), who="generator 1")
     with pytest.raises(WeightSyncError, match="generator 1: holds version 0 of the weights, the learner sent 1"):
         check_same(sent, ReceivedWeights(0, {"a": 1}, 4), who="generator 1")
+    with pytest.raises(WeightSyncError, match="generator 1: tensor 'a' of version 1 did not arrive"):
+        check_same(sent, ReceivedWeights(1, {}, 4), who="generator 1")
+    check_same(sent, ReceivedWeights(1, {"a": None}, 4), who="generator 1")
 
 
 # ----------------------------------------------------------------------------------- the digest

@@ -330,6 +330,14 @@ def test_every_receiver_of_every_generator_is_compared() -> None:
         check_arrivals(sent, [[good, good], [good, ReceivedWeights(1, {"a": 2}, 4)]])
 
 
+def test_some_generator_digests_every_tensor() -> None:
+    sent = SentWeights(1, {"a": 1, "b": 2}, 8)
+    first, second = ReceivedWeights(1, {"a": 1, "b": None}, 8), ReceivedWeights(1, {"a": None, "b": 2}, 8)
+    check_arrivals(sent, [[first], [second]])
+    with pytest.raises(WeightSyncError, match="tensor 'b' of version 1: no generator digested what arrived"):
+        check_arrivals(sent, [[first], [first]])
+
+
 def test_samples_are_compared_where_they_are_of_the_learners_weights() -> None:
     """Four response tokens, the first two of an earlier version: only the others must be the learner's."""
     group: Any = ThreadGroup("policy", [])

@@ -96,7 +96,7 @@ def test_every_tensor_arrives_as_it_was_sent(kind: str, expected: int, receivers
 @pytest.mark.parametrize("receivers", [1, 2, 3])
 def test_receivers_of_the_same_pages_digest_a_share_each(receivers: int) -> None:
     """Each tensor by one of them, and each about as many bytes; where each has a copy of its own, all of them."""
-    tensors = {f"tensor{i}": torch.randn(500 + 97 * (i % 5)) for i in range(30)}
+    tensors = {"embedding": torch.randn(4000)} | {f"tensor{i}": torch.randn(500 + 97 * (i % 5)) for i in range(30)}
     sent, arrivals = transfer(make_spec("shared_memory", receivers, expected_bytes=100_000), tensors)
     digested = [{name for name, value in found.digests.items() if value is not None} for _, found in arrivals]
     assert sorted(name for names in digested for name in names) == sorted(tensors)

@@ -27,6 +27,7 @@ OWNERS = {
         "engines/vllm_generation.py",
         "engines/vllm_kernels.py",
         "engines/vllm_loading.py",
+        "engines/vllm_scheduler.py",
         "engines/vllm_worker_extension.py",
         "bench/bare_vllm.py",
     },

@@ -221,7 +221,7 @@ class Generator(Workers):
     max_sequences: Count = 128
     """Most sequences decoded at once by one engine."""
     prefix_caching: StrictBool = True
-    """Keep the keys and values of prompts seen under the present weights."""
+    """Keep the keys and values of prompts seen under the present weights: samples of one prompt compute it once."""
     compile: StrictBool = False
     """Compile the model and capture CUDA graphs: slower start, faster decoding on a GPU."""
 

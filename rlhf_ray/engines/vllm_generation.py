@@ -44,6 +44,7 @@ _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _CPU_CACHE_LIMIT = 2 << 30
 _SLEEP_TAGS: dict[EnginePart, str] = {"weights": "weights", "cache": "kv_cache"}
 _EXTENSION = "rlhf_ray.engines.vllm_worker_extension.WeightReceiver"
+_SCHEDULER = "rlhf_ray.engines.vllm_scheduler.SiblingScheduler"
 
 
 def engine_environment(config: schema.Generator, *, gpu: bool) -> dict[str, str]:
@@ -420,6 +421,7 @@ def _arguments(config: schema.Generator, model: PretrainedConfig, *, max_model_l
         arguments["block_size"] = _CPU_BLOCK
         # A prompt in two parts rewinds its sample's generator, which a CPU's cannot.
         arguments["enable_chunked_prefill"] = False
+        arguments["scheduler_cls"] = _SCHEDULER
         # Prompts of one step stay in the processor's caches: half as fast again as vLLM's 8192 tokens.
         arguments["max_num_batched_tokens"] = max(_CPU_STEP_TOKENS, max_model_len, config.max_sequences)
         arguments["kv_cache_memory_bytes"] = cache_bytes(config, model, max_model_len=max_model_len)

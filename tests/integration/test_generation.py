@@ -39,6 +39,7 @@ def start(cluster: Cluster) -> Iterator[Start]:
             seed: int = 1,
             lora: schema.Lora | None = None,
             config: schema.Generator = CONFIG,
+            worker: type[Generator] = Generator,
         ) -> WorkerGroup[Generator]:
             for placement in running:
                 placement.close()
@@ -47,7 +48,7 @@ def start(cluster: Cluster) -> Iterator[Start]:
             running[:] = [placement]
             group = placement.start(
                 "generator",
-                Generator,
+                worker,
                 config=config,
                 model=model,
                 revision=None,
@@ -180,6 +181,56 @@ def test_more_prompts_than_one_step_of_the_engine_takes(models: dict[str, str], 
     together = generator.first(Generator.generate, prompts, sampling, iteration=1).result()
     alone = generator.first(Generator.generate, prompts.select([11]), sampling, iteration=1).result()
     assert responses(together)[11] == responses(alone)[0]
+
+
+class CountingGenerator(Generator):
+    """A generator that counts what its engine does."""
+
+    def counted(self, prompts: Prompts, sampling: schema.Sampling) -> tuple[Rollouts, dict[str, int]]:
+        """Responses, tokens that went through the model, blocks that were copied, and times that one was put back."""
+        scheduler = self.engine._llm.llm_engine.engine_core.engine_core.scheduler
+        schedule, steps = type(scheduler).schedule, []
+        scheduler.schedule = lambda *args, **kwargs: steps.append(schedule(scheduler, *args, **kwargs)) or steps[-1]
+        rollouts = self.generate(prompts, sampling, iteration=1)
+        del scheduler.schedule
+        return rollouts, {
+            "tokens": sum(step.total_num_scheduled_tokens for step in steps),
+            "copies": sum(len(step.kv_cache_block_copies or ()) for step in steps),
+            "put back": sum(len(step.preempted_req_ids or ()) for step in steps),
+        }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_sequences": 3}, {"kv_cache_gib": 0.0002}],
+    ids=["all at once", "three at once", "in too little memory"],
+)
+def test_samples_of_one_prompt_compute_it_once(settings: dict[str, Any], models: dict[str, str], start: Start) -> None:
+    """Whatever its length beside the cache's blocks of 32, and each goes on as if it had computed all of it."""
+    model = models["llama of many ends"]
+    tokens = load_tokenizer(model)("The film by Anna was long, and I hated it. " * 8)["input_ids"]
+    lengths = (7, 32, 33, 90)
+    prompts = Prompts(
+        [tokens[place : place + n] for place, n in enumerate(lengths)], [""] * 4, [None] * 4, [0, 1, 2, 3], [0] * 4
+    )
+    sampling = schema.Sampling(min_new_tokens=2, max_new_tokens=40, samples_per_prompt=4)
+    found = {}
+    for caching in (True, False):
+        config = CONFIG.model_copy(update={"prefix_caching": caching, **settings})
+        generator = start(model, config=config, worker=CountingGenerator)
+        found[caching] = generator.first(CountingGenerator.counted, prompts, sampling).result()
+    (shared, did), (apart, did_apart) = found[True], found[False]
+    assert responses(shared) == responses(apart)
+    assert (shared.generator_logprobs - apart.generator_logprobs).abs().max() < 1e-5
+    assert len({len(response) for response in responses(shared)}) > 3
+    decoded = sum(len(response) - 1 for response in responses(shared))
+    if settings:
+        assert did["tokens"] < did_apart["tokens"]
+        assert (did["put back"] > 0) == ("kv_cache_gib" in settings)
+    else:
+        # A prompt of 33 tokens has a whole block before its last token, which is computed anyway.
+        assert did == {"tokens": decoded + sum(lengths) + 3 * len(lengths), "copies": 3 * 3, "put back": 0}
+        assert did_apart == {"tokens": decoded + 4 * sum(lengths), "copies": 0, "put back": 0}
 
 
 def test_a_model_that_is_too_short_is_refused(models: dict[str, str], start: Start) -> None:

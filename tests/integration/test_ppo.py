@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adapter, value head": {
         "policy": {"lora": {"rank": 2}, "optimizer": {"learning_rate": 1e-2}},
         "critic": {"kind": "value_head"},
+        "advantages": {"bootstrap_truncated": True},
     },
     "adapter, hf engine, a reference of its own": {
         "policy": {"lora": {"rank": 2}, "optimizer": {"learning_rate": 1e-2}},
@@ -66,7 +67,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+SLOW = {"value head"}
+PARAMETERS = [
+    pytest.param(changes, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, changes in CASES.items()
+]
+
+
+@pytest.mark.parametrize("changes", PARAMETERS)
 def test_ppo_runs_to_its_end(changes: dict[str, Any], tmp_path: Path, cluster: Cluster) -> None:
     config = tiny_ppo(tmp_path, **changes)
     rows = run(config, tmp_path)

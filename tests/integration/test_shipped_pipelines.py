@@ -144,6 +144,7 @@ def few_steps(*stages: str) -> list[str]:
     return [f"{stage}.{size}" for stage in stages for size in sizes]
 
 
+@pytest.mark.slow
 def test_ppo_lora(tmp_path: Path, cluster: Cluster) -> None:
     reviews = tmp_path / "imdb.parquet"
     pandas.DataFrame({"text": TEXTS, "label": [i % 2 for i in range(len(TEXTS))]}).to_parquet(reviews)

@@ -66,6 +66,11 @@ class FaultyGenerator(Generator):
     def set_fault(self, text: str) -> None:
         set_fault(text)
 
+    def begin(self) -> None:
+        """Begins what is started: the samples of a prompt follow the first of them one step later."""
+        for _ in range(2):
+            self._ended.update(self.engine.step())
+
     def repeat_id(self) -> None:
         """The next adapter gets the id of the present one."""
         self.engine._loads -= 1  # type: ignore[attr-defined]
@@ -147,6 +152,7 @@ def sample_through_new_weights(groups: Groups, version: int, interrupted: Interr
     Their tokens of `version` have the learner's log-probabilities.
     """
     groups.generator.split(Generator.start, PROMPTS, SAMPLING, iteration=1).result()
+    groups.generator.all(FaultyGenerator.begin).result()
     groups.nudge()
     assert groups.sync.sync(version, interrupted=interrupted)["sync/probe_diff_max"] < 1e-4
     parts = groups.generator.all(Generator.next_finished, 1, 3).result()

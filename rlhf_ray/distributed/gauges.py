@@ -16,6 +16,7 @@ OWN = ("iteration", "not_finite")
 _TAGS = ("run", "stage")
 # Ray forgets a gauge that was not set for twenty seconds; an iteration may take longer.
 _REPEAT_S = 5.0
+_STOP_S = 5.0
 
 
 class RayGauges:
@@ -66,7 +67,7 @@ class RayGauges:
         """Lets the values go: some twenty seconds later they are no longer on the endpoint."""
         self._closed.set()
         if self._thread is not None:
-            self._thread.join(timeout=_REPEAT_S)
+            self._thread.join(timeout=_STOP_S)
 
     def _repeat_until_closed(self) -> None:
         while not self._closed.wait(_REPEAT_S):

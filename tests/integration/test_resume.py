@@ -83,6 +83,7 @@ def assert_equal_runs(folder: Path, name: str) -> None:
     assert weights_digest(folder / name) == weights_digest(folder / "whole")
 
 
+@pytest.mark.slow
 def test_stop_and_resume_equals_an_undisturbed_run(
     undisturbed: tuple[Setup, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

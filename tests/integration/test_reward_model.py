@@ -54,7 +54,7 @@ def pipeline(base: schema.Pipeline, stage: dict[str, Any], *, with_ppo: bool) ->
 
 def test_a_reward_model_scores_ppo(tmp_path: Path, cluster: Cluster) -> None:
     stage = reward_stage(tmp_path, make_llama(tmp_path / "llama"))
-    rows = run(pipeline(tiny_ppo(tmp_path), stage, with_ppo=True), tmp_path)
+    rows = run(pipeline(tiny_ppo(tmp_path, generator={"engine": "hf"}), stage, with_ppo=True), tmp_path)
     learnt = [row for row in rows if row["stage"] == "reward_model"]
     assert learnt[0]["evaluation/accuracy"] == 0.5
     assert learnt[0]["evaluation/loss"] == pytest.approx(0.6931, abs=1e-4)

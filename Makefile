@@ -52,7 +52,8 @@ bench: install
 	$(BIN)/rlhf-ray bench ppo learn score contention \
 		--json benchmarks/results/bench.json --plot benchmarks/results/bench.html; status=$$?; \
 	$(BIN)/rlhf-ray bench sft dpo scale --json benchmarks/results/sft_dpo_scale.json || status=$$?; \
-	$(BIN)/rlhf-ray bench sync rollout --json benchmarks/results/sync_rollout.json || status=$$?; \
+	$(BIN)/rlhf-ray bench sync --json benchmarks/results/sync.json || status=$$?; \
+	$(BIN)/rlhf-ray bench rollout --json benchmarks/results/rollout.json || status=$$?; \
 	$(BIN)/rlhf-ray bench startup memory --json benchmarks/results/startup_memory.json || status=$$?; \
 	$(BIN)/rlhf-ray bench driver --json benchmarks/results/driver.json || status=$$?; \
 	$(BIN)/rlhf-ray bench plan --json benchmarks/results/plan.json || status=$$?; \

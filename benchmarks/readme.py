@@ -17,7 +17,7 @@ FOLDER = ROOT / "benchmarks" / "results"
 PLOT = FOLDER / "bench.svg"
 README = ROOT / "README.md"
 TABLES = {
-    "bench": ("floor", ("bench", "sync_rollout", "startup_memory", "driver")),
+    "bench": ("floor", ("bench", "sync", "rollout", "startup_memory", "driver")),
     "peers": ("TRL", ("peers", "peers_bfloat16")),
 }
 """By name: what stands beside ours, and the files, each of one run."""

@@ -523,8 +523,8 @@ class Receiver(_Side):
     def tensors(self, version: int) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the transfer, on the wire's device, digested on arrival; valid until the next transfer.
 
-        The sender may begin at once; the tensors come one by one. Receivers that read the same pages digest a share of
-        them each.
+        The sender may begin at once; the tensors come one by one. Of receivers that read the same pages, the one that
+        comes first to a bucket digests what ends in it: so the work falls to those that have the time.
 
         Raises:
             WeightSyncError: another version arrives, the sender failed, or a deadline passed.
@@ -539,21 +539,19 @@ class Receiver(_Side):
             self._wire = _make_wire(self.spec, self._store, rank=self.rank + 1)
         unfinished: dict[str, _Arriving] = {}
         bucket, count = 0, None
-        shares = _Shares(self.spec.receivers)
         while count is None:
             layout = self._hear(self.rank, f"bucket {bucket}")
             check_version(layout["version"], version)
             count = layout["tensors"]
             wire = self._fetched_from(bucket, layout)
             complete = list(self._complete(wire, bucket, layout, unfinished))
+            mine = wire.claim(bucket, self.spec.session)
             bucket += 1
             if not wire.whole:
                 self._tell({"rank": self.rank, "taken": bucket}, "sender")
             for name, tensor in complete:
-                nbytes = tensor.numel() * tensor.element_size()
-                mine = shares.next(nbytes) == self.rank or not wire.whole
                 self._digests[name] = digest(tensor) if mine else None
-                self._nbytes += nbytes
+                self._nbytes += tensor.numel() * tensor.element_size()
                 yield name, tensor
         self._version = version
         if wire.whole:
@@ -612,19 +610,6 @@ class Receiver(_Side):
         if self._wire is not None:
             self._wire.close()
             self._wire = self._attached = None
-
-
-class _Shares:
-    """Divides tensors among receivers by their bytes; the same in each of them, since all see them in one order."""
-
-    def __init__(self, receivers: int) -> None:
-        self._taken = [0] * receivers
-
-    def next(self, nbytes: int) -> int:
-        """Whose the next tensor is: the first of those that have the least."""
-        who = self._taken.index(min(self._taken))
-        self._taken[who] += nbytes
-        return who
 
 
 @dataclass

@@ -55,6 +55,10 @@ class Wire(ABC):
     def fetch(self, bucket: int, nbytes: int) -> Tensor:
         """The receiver's view of a bucket, uint8, valid until it says `taken`; if `whole`, it may reach further."""
 
+    def claim(self, bucket: int, session: int) -> bool:
+        """Whether this receiver is to digest the bucket: of pages that many read, it is the first that comes to it."""
+        return True
+
     def settle(self) -> None:  # noqa: B027
         """Every receiver is attached and has taken everything."""
 
@@ -112,7 +116,7 @@ class SharedPages(Wire):
     """Slots in one file in memory, mapped by the sender and by every receiver of the node.
 
     Slots for all weights where there is room, so that the engines of a node load from the same pages; else a ring of
-    four, out of which every receiver copies.
+    four, out of which every receiver copies. Behind them lies, for each slot, the last session it was claimed in.
     """
 
     def __init__(self, path: str, descriptor: int, *, slot_bytes: int, room: int, whole: bool) -> None:
@@ -123,7 +127,9 @@ class SharedPages(Wire):
         self.slots = len(self._edges) - 1
         self._descriptor: int | None = descriptor
         self._reserved = [0] * self.slots
-        self._flat = torch.frombuffer(mmap.mmap(descriptor, self._edges[-1]), dtype=torch.uint8)
+        pages = mmap.mmap(descriptor, _segment_bytes(self._edges))
+        self._flat = torch.frombuffer(pages, dtype=torch.uint8, count=self._edges[-1])
+        self._claims = torch.frombuffer(pages, dtype=torch.int64, offset=self._edges[-1]).numpy()
 
     @classmethod
     def create(cls, bucket_bytes: int, expected_bytes: int = 0) -> Self:
@@ -141,8 +147,14 @@ class SharedPages(Wire):
         whole = _lies_as_a_whole(expected_bytes, _room(folder))
         # Tensors begin at round addresses, so they take a little more; what is not written to takes no memory.
         room = 2 * expected_bytes if whole else _RING * slot_bytes
-        os.ftruncate(descriptor, _slot_edges(slot_bytes, room, whole=whole)[-1])
-        return cls(path, descriptor, slot_bytes=slot_bytes, room=room, whole=whole)
+        os.ftruncate(descriptor, _segment_bytes(_slot_edges(slot_bytes, room, whole=whole)))
+        made = cls(path, descriptor, slot_bytes=slot_bytes, room=room, whole=whole)
+        try:
+            made._take_room(made._edges[-1], made._claims.nbytes)
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     @classmethod
     def attach(cls, description: dict[str, Any]) -> Self:
@@ -168,15 +180,18 @@ class SharedPages(Wire):
         missing = start + length - self._reserved[slot]
         if missing <= 0:
             return
+        self._take_room(self._edges[slot] + self._reserved[slot], missing)
+        self._reserved[slot] += missing
+
+    def _take_room(self, start: int, length: int) -> None:
         assert self._descriptor is not None, "the segment is closed"
         try:
-            os.posix_fallocate(self._descriptor, self._edges[slot] + self._reserved[slot], missing)
+            os.posix_fallocate(self._descriptor, start, length)
         except OSError as error:
             raise WeightSyncError(
-                f"weight transfer: no room for {missing} more bytes of a bucket in {Path(self.path).parent} "
+                f"weight transfer: no room for {length} more bytes in {Path(self.path).parent} "
                 f"({error.strerror}); free some, give the container a larger /dev/shm, or lower placement.bucket_mib"
             ) from error
-        self._reserved[slot] += missing
 
     def description(self) -> dict[str, Any]:
         return {"path": self.path, "sizes": self._sizes}
@@ -187,6 +202,14 @@ class SharedPages(Wire):
     def fetch(self, bucket: int, nbytes: int) -> Tensor:
         start = self._edges[bucket % self.slots]
         return self._flat[start : start + nbytes]
+
+    def claim(self, bucket: int, session: int) -> bool:
+        if not self.whole:
+            return True
+        # Without a lock: two that come at the same moment both digest it, and none is left out.
+        first = bool(self._claims[bucket] <= session)
+        self._claims[bucket] = session + 1
+        return first
 
     def settle(self) -> None:
         # All have mapped it: without its name nothing is left behind, however the processes end.
@@ -199,11 +222,16 @@ class SharedPages(Wire):
         self.settle()
         # The pages go with the last tensor that lies in them; torch does not keep a mapping from being closed.
         self._flat = torch.empty(0, dtype=torch.uint8)
+        self._claims = self._claims[:0]
         os.close(self._descriptor)
         self._descriptor = None
 
 
 _PREFIX = "rlhf_ray-weights-"
+
+
+def _segment_bytes(edges: list[int]) -> int:
+    return edges[-1] + 8 * (len(edges) - 1)
 
 
 def _shared_folder(needed: int) -> str:

@@ -192,7 +192,7 @@ class WeightSync:
 def check_arrivals(sent: SentWeights, received: Sequence[Sequence[ReceivedWeights]]) -> None:
     """Raises WeightSyncError naming the generator and the first tensor in which it differs from the sender.
 
-    Generators that read the same memory digest a share of it each: there must be none that nobody did.
+    Of generators that read the same memory one digests each tensor: there must be none that nobody did.
     """
     digested: set[str] = set()
     for rank, receivers in enumerate(received):

@@ -235,7 +235,7 @@ def test_an_adapter_travels_alone(request: pytest.FixtureRequest, family: str) -
 FAULTS = {
     "policy:0:1:drop_tensor": "generator 0: tensor 'model.embed_tokens.weight' of version 1 did not arrive",
     "policy:0:1:swap_tensors": "of version 1 arrived with digest",
-    "policy:0:1:corrupt": "generator 0: tensor 'model.embed_tokens.weight' of version 1 arrived with digest",
+    "policy:0:1:corrupt": "tensor 'model.embed_tokens.weight' of version 1 arrived with digest",
     "policy:0:1:stale_version": "weights of version 0 arrived where version 1 was announced; they are stale",
     "generator:1:1:keep_old": "generator 1, version 1: it does not compute with the learner's weights",
 }

@@ -29,9 +29,11 @@ _LONGEST = 128
 _PART = 16
 _SAMPLING = schema.Sampling(max_new_tokens=_LONGEST)
 _SHARED_PROMPT, _SIBLINGS = 256, 8
-# Prompts at once and the longest response: the less there is to decode, the more the cache is worth.
+# Prompts at once and the longest response: the less there is to decode, the more the cache is worth. Eight responses
+# are as long as chance has it, so a repeat has the samples of so many prompts, one batch after the other.
 _SHARED = ((1, 32), (1, _LONGEST), (8, _LONGEST))
-# The larger the model, the less of a step is vLLM's own work, and the more of it the prompt's.
+_DRAWN = 8
+# The larger the model, the less of a step is vLLM's own work, and the more of it the prompt's; one takes seconds.
 _SIZES: tuple[workload.Size, ...] = ("s", "sm", "m")
 _CACHE_GIB = 0.5
 _DEADLINE_S = 300.0
@@ -134,13 +136,13 @@ def measure(settings: Settings) -> list[Figure]:
                 found += _tokens(site, batch, "float32", repeats=settings.repeats)
             for case in _SHARED:
                 settings.say("rollout, prefix cache, {} prompts, responses of at most {} tokens".format(*case))
-                found += _prefix_cache(site, "s", *case, repeats=settings.repeats)
+                found += _prefix_cache(site, "s", *case, drawn=_DRAWN, repeats=settings.repeats)
         if settings.quick:
             return found
         for size in _SIZES[1:]:
             settings.say(f"rollout, prefix cache, model {size}")
             with _started(cluster, settings.folder, size, "float32") as site:
-                found += _prefix_cache(site, size, 1, _LONGEST, repeats=settings.repeats)
+                found += _prefix_cache(site, size, 1, _LONGEST, drawn=1, repeats=settings.repeats)
         with _started(cluster, settings.folder, "s", "bfloat16") as site:
             for batch in _BATCHES:
                 settings.say(f"rollout, batch {batch}, bfloat16")
@@ -197,19 +199,23 @@ def _tokens(site: _Site, batch: int, dtype: schema.DType, *, repeats: int) -> li
     ]
 
 
-def _prefix_cache(site: _Site, size: workload.Size, count: int, longest: int, *, repeats: int) -> list[Figure]:
-    """Eight samples of at most `longest` tokens for each of `count` prompts, all at once; the same by vLLM alone."""
-    shared = workload.prompts(count, shortest=_SHARED_PROMPT, longest=_SHARED_PROMPT)
-    prompts = _prompts(shared)
-    each = prompts.select([row for row in range(count) for _ in range(_SIBLINGS)])
+def _prefix_cache(
+    site: _Site, size: workload.Size, count: int, longest: int, *, drawn: int, repeats: int
+) -> list[Figure]:
+    """Eight samples of at most `longest` tokens for each of `drawn` prompts, `count` at once; and by vLLM alone."""
     sampling = schema.Sampling(max_new_tokens=longest, samples_per_prompt=_SIBLINGS)
-    lengths = _lengths(site.ours.first(Ours.generate, prompts, sampling).result())
+    prompts = _prompts(workload.prompts(drawn, shortest=_SHARED_PROMPT, longest=_SHARED_PROMPT))
+    batches = [prompts.select(list(range(start, start + count))) for start in range(0, drawn, count)]
+    each = [batch.select([row for row in range(count) for _ in range(_SIBLINGS)]) for batch in batches]
+    lengths = [_lengths(site.ours.first(Ours.generate, batch, sampling).result()) for batch in batches]
 
     def ours(*, cached: bool) -> float:
-        return float(sum(_lengths(site.ours.first(Ours.generate, prompts, sampling, cached=cached).result())))
+        calls = (site.ours.first(Ours.generate, batch, sampling, cached=cached) for batch in batches)
+        return float(sum(sum(_lengths(call.result())) for call in calls))
 
     def bare(*, cached: bool) -> float:
-        return site.bare.first(Bare.generate, each, lengths, cached=cached).result()
+        calls = (site.bare.first(Bare.generate, *rows, cached=cached) for rows in zip(each, lengths, strict=True))
+        return sum(call.result() for call in calls)
 
     ways: list[_Way] = [
         (f"{name} {cached}", process, partial(way, cached=cached))

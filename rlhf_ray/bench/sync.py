@@ -37,7 +37,8 @@ _DEADLINE_S = 120.0
 _CACHE_GIB = 0.125
 _MAX_LENGTH = 128
 # A few hundredths of a second are as long as whatever else ran: a repeat is the median of so many, or of a second's.
-_TIMES = 5
+# One generator and two, ours and floor, take so many turns in it.
+_TIMES = _TURNS = 5
 _SECONDS = 1.0
 
 
@@ -154,16 +155,18 @@ def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
         return max(site.generators[count].all(TimedGenerator.reload_seconds, site.model).result())
 
     for repeat in range(-1, repeats):
-        floors = {count: _typical(partial(reload, count)) for count in syncs}
-        seconds = {}
-        for count in syncs:
-            # The learner's sender serves one set of generators: the first transfer after a change starts it anew.
-            transfer(count)
-            seconds[count] = _typical(partial(transfer, count))
+        floors: dict[int, list[float]] = {count: [] for count in syncs}
+        seconds: dict[int, list[float]] = {count: [] for count in syncs}
+        for _ in range(_TURNS):
+            for count in syncs:
+                floors[count] += _times(partial(reload, count), at_least=1, seconds=_SECONDS / _TURNS)
+                # The learner's sender serves one set of generators: the first transfer after a change starts it anew.
+                transfer(count)
+                seconds[count] += _times(partial(transfer, count), at_least=1, seconds=_SECONDS / _TURNS)
         site.recorder.drain()
         probe_s = syncs[_GENERATORS].sync(next(versions))["sync/probe_time_s"]
         if repeat >= 0:
-            measured.append((seconds[1], seconds[_GENERATORS], floors[1], floors[_GENERATORS]))
+            measured.append([median(times) for of in (seconds, floors) for times in of.values()])
             probes.append(probe_s)
             calls.append(sum(span.role != DRIVER for span in site.recorder.drain()))
     one, two, reload_one, reload_two = zip(*measured, strict=True)
@@ -183,11 +186,16 @@ def _end_to_end(site: _Site, size: Size, repeats: int) -> list[Figure]:
 
 
 def _typical(once: Callable[[], float]) -> float:
-    """The median of at least five times, which together are at least a second."""
+    """The median of a repeat's times."""
+    return median(_times(once, at_least=_TIMES, seconds=_SECONDS))
+
+
+def _times(once: Callable[[], float], *, at_least: int, seconds: float) -> list[float]:
+    """At least so many times, which together are at least so many seconds."""
     times: list[float] = []
-    while len(times) < _TIMES or sum(times) < _SECONDS:
+    while len(times) < at_least or sum(times) < seconds:
         times.append(once())
-    return median(times)
+    return times
 
 
 def _transport(site: _Site, size: Size, repeats: int) -> list[Figure]:

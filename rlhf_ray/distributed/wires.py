@@ -142,8 +142,11 @@ class SharedPages(Wire):
         slot_bytes = _slot_bytes(bucket_bytes, expected_bytes)
         folder = _shared_folder(_RING * slot_bytes)
         _remove_stale(folder)
-        descriptor, path = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
+        # Locked before it has a name that others look for: they would take it for one whose owner is dead.
+        descriptor, unlocked = tempfile.mkstemp(prefix=f".{_PREFIX}", dir=folder)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path = str(Path(unlocked).with_name(Path(unlocked).name.removeprefix(".")))
+        os.rename(unlocked, path)
         whole = _lies_as_a_whole(expected_bytes, _room(folder))
         # Tensors begin at round addresses, so they take a little more; what is not written to takes no memory.
         room = 2 * expected_bytes if whole else _RING * slot_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import time
@@ -345,20 +346,44 @@ def test_a_missing_sender_is_named_after_the_deadline() -> None:
 
 
 @pytest.mark.parametrize(("room", "missing"), [(1000, 19200), (0, 32)])
-def test_full_memory_is_an_error_and_not_a_bus_error(monkeypatch: pytest.MonkeyPatch, room: int, missing: int) -> None:
+def test_full_memory_is_an_error_and_not_a_bus_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int, missing: int
+) -> None:
     """Whether there is none for a tensor, or none even for what the receivers note about the slots."""
 
     def fill(descriptor: int, start: int, length: int) -> None:
         if length > room:
             raise OSError(28, "No space left on device")
 
-    before = set(Path("/dev/shm").glob("rlhf_ray-weights-*"))
+    monkeypatch.setattr(wires, "_shared_folder", lambda needed: str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", fill)
     with pytest.raises(
         WeightSyncError, match=rf"no room for {missing} more bytes .* \(No space left on device\); free some"
     ):
         transfer(make_spec(bucket_bytes=1 << 20), weights())
-    assert set(Path("/dev/shm").glob("rlhf_ray-weights-*")) <= before
+    assert not list(tmp_path.iterdir())
+
+
+def test_nobody_clears_away_a_segment_that_is_being_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another sender on the node comes between the making of the file and its lock, and once more after both."""
+    lock, cleared = fcntl.flock, []
+
+    def clear_first(descriptor: int, how: int) -> None:
+        if not cleared:
+            cleared.append(descriptor)
+            wires._remove_stale(str(tmp_path))
+        lock(descriptor, how)
+
+    monkeypatch.setattr(wires, "_shared_folder", lambda needed: str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", clear_first)
+    wire = wires.SharedPages.create(1 << 12)
+    wires._remove_stale(str(tmp_path))
+    assert cleared
+    assert [str(path) for path in tmp_path.iterdir()] == [wire.path]
+    other = wires.SharedPages.attach(wire.description())
+    for end in (other, wire):
+        end.close()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("expected", [3 << 20, (300 << 20) + 12, 3 << 30])

@@ -138,6 +138,27 @@ def test_dpo_hh(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatc
     assert 0 < after["evaluation/accuracy"] < 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_quickstart_dpo(tmp_path: Path, cluster: Cluster) -> None:
+    """As a user runs it, held against what the file says to expect."""
+    rows = run_shipped("quickstart_dpo.yaml", [f"run_dir={tmp_path / 'run'}", f"dpo.cache_dir={tmp_path / 'cache'}"])
+    before, *_, after = [row for row in rows if row["stage"] == "dpo"]
+    assert (before["iteration"], after["iteration"]) == (0, 140)
+    assert after["evaluation/accuracy"] > 0.9
+    assert before["evaluation/kl_k1"] == pytest.approx(0, abs=1e-3)
+    assert 2 < after["evaluation/kl_k1"] < 4.5
+    sampled = [
+        pandas.read_parquet(tmp_path / f"run/dpo/evaluation/iteration_{row['iteration']:06}.parquet")
+        for row in (before, after)
+    ]
+    assert [len(samples) for samples in sampled] == [200, 200]
+    assert before["evaluation/reward_mean"] == pytest.approx(sampled[0]["score"].mean()) == pytest.approx(0, abs=0.15)
+    assert after["evaluation/reward_mean"] == pytest.approx(sampled[1]["score"].mean())
+    assert after["evaluation/reward_mean"] > 0.9
+    assert len(set(sampled[1]["response"])) > 150
+
+
 def few_steps(*stages: str) -> list[str]:
     """Overrides that leave two steps of eight rows to each stage, and 16 rows to its evaluation."""
     sizes = ("batch_size=8", "data.train.rows=16", "data.evaluation.rows=16")
